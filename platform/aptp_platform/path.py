@@ -1,0 +1,119 @@
+"""The path from captioned images to a release: its stages, in order, each run once for what it depends on.
+
+A stage's fingerprint covers the config sections it reads, the stages before it and the files it starts from. A stage
+whose folder carries that fingerprint is reused; one that carries another is done again; one that was interrupted goes
+on from what its folder holds.
+"""
+
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aptp_platform.config import ConfigError, RunConfig, to_tree
+from aptp_platform.storage import Store
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the path."""
+
+    name: str
+    folder: str  # under the run's root; written by this stage alone
+    sections: tuple[str, ...]  # of the config: what the result depends on
+    after: tuple[str, ...]  # stages whose folders it reads
+    entry: str  # "module:function" taking a RunConfig and returning a summary; imported when the stage runs
+    sources: tuple[str, ...] = ()  # "data", "model": files outside the run that it starts from
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("encode", "encoded", ("data", "model", "encode"), (), "data.encode:encode", ("data", "model")),
+        Stage("prune", "pruned", ("seed", "router", "pruning", "prune"), ("encode",), "train.trainer:prune"),
+        Stage("assign", "assigned", (), ("encode", "prune"), "data.assign:assign"),
+        Stage("cut", "cut", ("cut",), ("prune", "assign"), "cutting:cut"),
+        Stage("finetune", "finetuned", ("finetuning", "finetune"), ("encode", "cut"), "train.trainer:finetune"),
+        Stage("evaluate", "evaluated", ("evaluate",), ("encode", "finetune"), "evaluation:evaluate"),
+        Stage("publish", "release", ("publish",), ("finetune", "evaluate"), "publishing:publish"),
+    )
+}
+
+
+def run_stage(name: str, config: RunConfig, say: Callable[[str], None] = print) -> Summary:
+    """Run one stage, or reuse its finished result; returns its summary.
+
+    Raises:
+        ConfigError: a stage before it has not been run, or was run for another config.
+    """
+    stage, root = STAGES[name], Store.open(config.root, config.storage)
+    for earlier in stage.after:
+        require_stage(earlier, config)
+    expected = fingerprint(name, config)
+    folder = root.join(stage.folder)
+    done = _read(folder, "stage.json")
+    if done is not None and done["fingerprint"] == expected:
+        say(f"[{name}] reused: {folder.uri} was made from the same config and inputs")
+        return done["summary"]
+    begun = _read(folder, "begun.json")
+    if begun is not None and begun["fingerprint"] != expected:
+        root.remove(stage.folder)
+    folder.write_json("begun.json", {"fingerprint": expected})
+    started = time.monotonic()
+    module, function = stage.entry.split(":")
+    summary = getattr(importlib.import_module(f"aptp_platform.{module}"), function)(config)
+    seconds = round(time.monotonic() - started, 1)
+    folder.write_json("stage.json", {"fingerprint": expected, "seconds": seconds, "summary": summary})
+    say(f"[{name}] done in {seconds:.0f} s: {_brief(summary)}")
+    return summary
+
+
+def require_stage(name: str, config: RunConfig) -> Summary:
+    """The summary of a finished stage, if it was made for this very config."""
+    stage = STAGES[name]
+    folder = Store.open(config.root, config.storage).join(stage.folder)
+    done = _read(folder, "stage.json")
+    if done is None:
+        raise ConfigError(f"{name}: {folder.uri} holds no finished result; run the {name} job first")
+    if done["fingerprint"] != fingerprint(name, config):
+        raise ConfigError(
+            f"{name}: {folder.uri} was made from another config or other inputs; run the {name} job again, "
+            "or give this run a root of its own"
+        )
+    return done["summary"]
+
+
+def fingerprint(name: str, config: RunConfig) -> str:
+    """What the result of a stage depends on, as one hash."""
+    stage = STAGES[name]
+    facts = {
+        "stage": name,
+        "config": {section: to_tree(getattr(config, section)) for section in stage.sections},
+        "after": [fingerprint(earlier, config) for earlier in stage.after],
+        "sources": [_source_facts(source, config) for source in stage.sources],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _source_facts(source: str, config: RunConfig) -> list[Any]:
+    """Names, sizes and change marks of the files that a run starts from, whatever they hold."""
+    if source == "data":
+        store = Store.open(config.data.source, config.storage)
+        return [store.stat(name) for pattern in (config.data.train, config.data.heldout) for name in store.list(pattern)]
+    if config.model.pipeline.startswith("package:"):
+        return [config.model.pipeline]
+    store = Store.open(config.model.pipeline, config.storage)
+    return [store.stat(name) for name in store.list("**")]
+
+
+def _read(folder: Store, name: str) -> dict[str, Any] | None:
+    return folder.read_json(name) if folder.has(name) else None
+
+
+def _brief(summary: Summary) -> str:
+    return ", ".join(f"{key} {value}" for key, value in summary.items() if isinstance(value, (int, float, str)))

@@ -1,0 +1,138 @@
+"""From shards to a stock diffusers folder: the autoencoder, the cache, the denoiser, the model card."""
+
+import copy
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from jaxtyping import UInt8
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+from aptp_platform.data.shards import Fault, decode_image, read_shard
+from aptp_platform.teacher.autoencoder import AutoencoderConfig, encode_means, train_autoencoder
+from aptp_platform.teacher.denoiser import CachedSet, DenoiserConfig, build_scheduler, train_denoiser
+from aptp_platform.teacher.workers import Workers
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A whole teacher: where it reads, where it works, how its two parts are trained."""
+
+    shards: Path
+    text_encoder: Path
+    work: Path
+    image_size: int = 64
+    num_text_tokens: int = 32
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+
+
+def train_teacher(config: TeacherConfig, workers: Workers) -> None:
+    """Every step that is not done yet; the pipeline folder stands in `config.work / "pipeline"` from the first
+    checkpoint on and is renewed at each."""
+    config.work.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, disable=workers.rank > 0, refresh_per_second=0.5) as progress:
+        images, captions = read_images(config.shards, config.image_size)
+        if not (config.work / "vae").exists():
+            trained = train_autoencoder(images, config.autoencoder, workers, progress)
+            if workers.rank == 0:
+                trained.save_pretrained(config.work / "vae.new")
+                (config.work / "vae.new").rename(config.work / "vae")
+            workers.wait()
+        vae = AutoencoderKL.from_pretrained(config.work / "vae").eval()
+        if workers.rank == 0 and not (config.work / "cache.safetensors").exists():
+            _write_cache(config, vae, images, captions, progress)
+        workers.wait()
+        data = CachedSet(**load_file(config.work / "cache.safetensors"))
+
+        def renew(unet: UNet2DConditionModel, images: int) -> None:
+            write_pipeline(config, vae, unet)
+
+        train_denoiser(data, config.denoiser, workers, config.work, progress, renew)
+
+
+def read_images(shards: Path, size: int) -> tuple[UInt8[np.ndarray, "image 3 height width"], list[tuple[str, ...]]]:
+    """Every image of the training shards, and its captions, as many for each as the fewest have."""
+    images, captions = [], []
+    for path in sorted(shards.glob("train-*.tar*")):
+        with path.open("rb") as stream:
+            for row in read_shard(stream, path.name):
+                if isinstance(row, Fault):
+                    raise ValueError(f"{path.name}: {row.key}: {row.cause}: {row.detail}")
+                images.append(decode_image(row.image, size))
+                captions.append(row.captions)
+    if not images:
+        raise ValueError(f"shards: {shards} holds no train-*.tar or train-*.tar.gz; build them or name another folder")
+    fewest = min(map(len, captions))
+    return np.stack(images), [each[:fewest] for each in captions]
+
+
+@torch.no_grad()
+def _write_cache(
+    config: TeacherConfig,
+    vae: AutoencoderKL,
+    images: UInt8[np.ndarray, "image 3 height width"],
+    captions: list[tuple[str, ...]],
+    progress: Progress,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
+    encoder = AutoModel.from_pretrained(config.text_encoder).eval()
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=config.num_text_tokens, return_tensors="pt"
+        )
+        return encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.half()
+
+    texts = [text for each in captions for text in each]
+    batches = [texts[i : i + 128] for i in range(0, len(texts), 128)]
+    states = torch.cat([encode(batch) for batch in progress.track(batches, description="text states")])
+    cache = {
+        "latents": encode_means(vae, images),
+        "texts": states.unflatten(0, (len(captions), -1)),
+        "null_text": encode([""])[0],
+    }
+    save_file(cache, config.work / "cache.new")
+    (config.work / "cache.new").rename(config.work / "cache.safetensors")
+
+
+def write_pipeline(config: TeacherConfig, vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
+    """The stock diffusers folder, in half precision, without the text encoder: its package brings it.
+
+    `model_index.json` names the text encoder's classes, so `StableDiffusionPipeline.from_pretrained(folder,
+    text_encoder=..., tokenizer=...)` completes it.
+    """
+    target = config.work / "pipeline"
+    with tempfile.TemporaryDirectory(dir=config.work) as scratch:
+        fresh = Path(scratch) / "pipeline"
+        _half(unet).save_pretrained(fresh / "unet")
+        _half(vae).save_pretrained(fresh / "vae")
+        build_scheduler().save_pretrained(fresh / "scheduler")
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "BertModel"],
+            "tokenizer": ["transformers", "BertTokenizerFast"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        (fresh / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+
+
+def _half(module: torch.nn.Module) -> torch.nn.Module:
+
+    return copy.deepcopy(module).half()

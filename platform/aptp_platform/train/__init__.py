@@ -1,0 +1,1 @@
+"""Training stages on Ray Train worker groups with DeepSpeed engines."""
