@@ -4,8 +4,8 @@
 
 with y the gates of `aptp.relax` and phi(y) the soft gates, a width gate times the depth gate above it, every site scaled
 to unit norm when full, normalised to length one (APTP, section 3). Inference has no noise: a route is a function of the
-prompt and the weights, whatever the batch, its order or the seed. `bias` is zero (the paper's rule) unless
-`aptp.pruning.calibrate` sets it to the transport's potentials, so that inference shares the prompts out as training did.
+prompt and the weights, whatever the batch, its order or the seed. `bias` and `shift` are zero (the paper's rule) until
+`aptp.pruning.calibrate_budget` sets them, the one to share prompts out as training did, the other to meet the budget.
 """
 
 import json
@@ -132,6 +132,7 @@ class Router(nn.Module):
     keep_order: Tensor
     site_scale: Tensor
     bias: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -164,6 +165,7 @@ class Router(nn.Module):
         self.register_buffer("keep_order", torch.tensor(space.keep_order, dtype=torch.long), persistent=False)
         self.register_buffer("site_scale", torch.tensor(scale + [1.0] * len(space.depth)), persistent=False)
         self.register_buffer("bias", torch.zeros(self.config.num_codes))
+        self.register_buffer("shift", torch.zeros(2))
 
     @torch.no_grad()
     def _start(self, generator: torch.Generator | None) -> None:
@@ -192,8 +194,10 @@ class Router(nn.Module):
     def gates(
         self, logits: Float[Tensor, "batch gate"], noise: Float[Tensor, "batch gate"] | None = None
     ) -> Float[Tensor, "batch gate"]:
-        """Soft gates of logits, of the predictor or of the codes."""
-        return soft_gates(logits, noise, self.keep_order, self.config.relaxation)
+        """Soft gates of logits, of the predictor or of the codes. `shift` moves the width and the depth thresholds."""
+        width, depth = len(self.site_index), len(self.space.depth)
+        shift = torch.cat([self.shift[:1].expand(width), self.shift[1:].expand(depth)]).expand_as(logits)
+        return soft_gates(logits, shift if noise is None else noise + shift, self.keep_order, self.config.relaxation)
 
     def harden(self, soft: Float[Tensor, "batch gate"]) -> Float[Tensor, "batch gate"]:
         """Legal bits of soft gates, straight through."""

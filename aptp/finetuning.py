@@ -1,0 +1,121 @@
+"""Stage 2: an expert learns, from its own prompts and from the full model, what cutting took from it.
+
+    L = l_task denoising + l_out ||expert - teacher||^2 + l_feat features                          (APTP, section 3)
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from aptp.gates import block_features
+from aptp.latents import Batch
+from aptp.losses import LossTerms, NoiseSchedule, denoising_loss, feature_loss, output_loss, sample_noise
+
+
+@dataclass(frozen=True)
+class FinetuningConfig:
+    """The objective of stage 2; weights are the official ones for CC3M (COCO: 1.0, 0.2, 0.2).
+
+    null_share: the share of a batch whose caption is replaced by the null prompt. The official code has none, so the
+        branch that classifier-free guidance subtracts was never trained in the cut network.
+    """
+
+    denoising_weight: float = 0.01
+    output_weight: float = 0.5
+    feature_weight: float = 0.5
+    snr_gamma: float = 5.0
+    normalise_features: bool = True
+    null_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.null_share < 1:
+            raise ValueError(f"null_share must lie in [0, 1), it is {self.null_share}")
+        negative = [name for name, value in vars(self).items() if name.endswith("_weight") and value < 0]
+        if negative:
+            raise ValueError(f"{negative[0]} must not be negative, it is {getattr(self, negative[0])}")
+
+
+class FinetuningStage(nn.Module):
+    """One step of stage 2. Every weight of `expert` is trainable; `teacher`, the full UNet, is frozen.
+
+    null_states: the text states of the null prompt, `encode_texts(tokenizer, text_encoder, [""])[0]`; needed unless
+    null_share is 0.
+    """
+
+    def __init__(
+        self,
+        expert: nn.Module,
+        teacher: nn.Module,
+        scheduler: Any,
+        config: FinetuningConfig,
+        *,
+        null_states: Float[Tensor, "token text"] | None = None,
+    ) -> None:
+        super().__init__()
+        if expert is teacher:
+            raise ValueError("expert and teacher are the same module: cut the expert with slice_unet first")
+        if config.null_share and null_states is None:
+            raise ValueError(
+                f"null_share is {config.null_share}, so null_states is needed: "
+                'encode_texts(tokenizer, text_encoder, [""])[0]; or set null_share to 0'
+            )
+        self.expert = expert.requires_grad_(True)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.config = config
+        self.schedule = NoiseSchedule(scheduler)
+        self.register_buffer("null_states", null_states, persistent=False)
+
+    def train(self, mode: bool = True) -> "FinetuningStage":
+        """The teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """The expert's weights: all that a checkpoint needs."""
+        return {f"expert.{name}": value for name, value in self.expert.state_dict().items()}
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        self.expert.load_state_dict({name.removeprefix("expert."): value for name, value in state.items()})
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        step: int = 0,
+        image_generator: torch.Generator | None = None,
+        code_generator: torch.Generator | None = None,
+        gather: Any = None,
+    ) -> LossTerms:
+        """The terms of one batch; the call is stage 1's, of which only the image generator matters here."""
+        config = self.config
+        noise, timesteps = sample_noise(batch.latents, len(self.schedule), image_generator)
+        noisy = self.schedule.noisy(batch.latents, noise, timesteps)
+        texts = self._drop(batch.text_states, image_generator)
+
+        distil = config.feature_weight > 0
+        with torch.no_grad(), block_features(self.teacher) if distil else nullcontext([]) as taught:
+            teacher = self.teacher(noisy, timesteps, texts, return_dict=False)[0]
+        with block_features(self.expert) if distil else nullcontext([]) as learnt:
+            student = self.expert(noisy, timesteps, texts, return_dict=False)[0]
+
+        target = self.schedule.target(batch.latents, noise, timesteps)
+        weight = self.schedule.min_snr_weight(timesteps, config.snr_gamma)
+        terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
+        if distil:
+            terms["feature"] = feature_loss(learnt, taught, normalise=config.normalise_features)
+        return LossTerms(terms, {name: getattr(config, f"{name}_weight") for name in terms})
+
+    def _drop(
+        self, text_states: Float[Tensor, "batch token text"], generator: torch.Generator | None
+    ) -> Float[Tensor, "batch token text"]:
+        if self.null_states is None or not self.config.null_share:
+            return text_states
+        device = text_states.device if generator is None else generator.device
+        drawn = torch.rand(len(text_states), generator=generator, device=device).to(text_states.device)
+        dropped = (drawn < self.config.null_share)[:, None, None]
+        return torch.where(dropped, self.null_states.to(text_states.dtype), text_states)

@@ -1,0 +1,303 @@
+"""Stage 1: the router and its codes are learned on a frozen, gated UNet.
+
+    e = predictor(z);  A = codes;  k(b) = argmax of the balanced transport of <phi(e_b), phi(A_k)>
+    x_t, target = noised latents;  teacher = UNet with open gates;  student = UNet with the gates of A_k(b), sampled
+    L = denoising + distillation + budget + contrastive + pull + spread                           (APTP, Algorithm 1)
+
+The UNet is the teacher and the student: one set of weights, no gradient to any of them. The module is single-device
+code. Across workers `gather` joins rows (W workers, each (B, ...), give (W B, ...)); its backward must sum over the
+workers and the trainer average gradients over them, as torch.distributed.nn's all_gather and DDP do: then every term is
+that of the global batch. Code noise must be the same on all workers, image noise must not.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from aptp.codes import PruningSpace
+from aptp.cost import CostTable
+from aptp.gates import block_features, gated
+from aptp.latents import Batch
+from aptp.losses import (
+    LossTerms,
+    NoiseSchedule,
+    contrastive_loss,
+    denoising_loss,
+    feature_loss,
+    output_loss,
+    pull_loss,
+    resource_loss,
+    sample_noise,
+    spread,
+)
+from aptp.relax import gumbel_noise
+from aptp.router import Router, code_usage, require_used
+from aptp.transport import balanced_assignment
+
+Gather = Callable[[Tensor], Tensor]
+
+
+def alone(rows: Tensor) -> Tensor:
+    """The gather of a single worker."""
+    return rows
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """The objective of stage 1. Values are the paper's and its code's, except where a reason is given.
+
+    budget: the mean MACs ratio over the prompts as they are routed, at the cost table's resolution.
+    warmup_steps: steps in which each prompt's own gates are used and the task reaches the predictor, not the codes.
+    contrastive: "row" does not depend on the batch size; paper() gives "bce" with weight 100.
+    pull_weight: 0 in the official code, where nothing makes inference agree with the transport.
+    assignment_noise: the official code assigns by noisy gates; without noise a prompt is trained as it will be routed.
+    forward_gates: "soft" samples in the forward pass, or "hard" ones, straight through.
+    transport_iterations: 3 in the official code, which does not reach the marginals.
+    usage_decay: of the moving average of the codes' usage under inference's rule, which weighs the budget.
+    """
+
+    budget: float = 0.6
+    warmup_steps: int = 500
+    output_weight: float = 0.2
+    feature_weight: float = 0.2
+    resource_weight: float = 2.0
+    contrastive_weight: float = 1.0
+    contrastive: Literal["row", "bce"] = "row"
+    contrastive_temperature: float = 0.03
+    pull_weight: float = 1.0
+    pull_temperature: float = 0.1
+    spread_weight: float = 0.1
+    largest_weight: float = 0.1
+    snr_gamma: float = 5.0
+    normalise_features: bool = True
+    assignment_noise: bool = False
+    forward_gates: Literal["soft", "hard"] = "soft"
+    transport_epsilon: float = 0.05
+    transport_iterations: int = 100
+    usage_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget < 1:
+            raise ValueError(f"budget must lie between 0 and 1 (a share of the full model's MACs), it is {self.budget}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, it is {self.warmup_steps}")
+        if not 0 <= self.usage_decay < 1:
+            raise ValueError(f"usage_decay must lie in [0, 1), it is {self.usage_decay}")
+        negative = [name for name, value in vars(self).items() if name.endswith("_weight") and value < 0]
+        if negative:
+            raise ValueError(f"{negative[0]} must not be negative, it is {getattr(self, negative[0])}")
+
+    @classmethod
+    def paper(cls, budget: float = 0.6) -> "PruningConfig":
+        """The official objective, where it is sound."""
+        return cls(
+            budget,
+            contrastive="bce",
+            contrastive_weight=100.0,
+            pull_weight=0.0,
+            normalise_features=False,
+            assignment_noise=True,
+            transport_iterations=3,
+        )
+
+
+class PruningStage(nn.Module):
+    """One step of stage 1: `stage(batch, step=..., image_generator=..., code_generator=...)` gives the loss's terms.
+
+    Only the router's predictor and codes are trainable. `learned_state` is all that a checkpoint needs.
+    """
+
+    usage: Tensor
+
+    def __init__(
+        self, unet: nn.Module, space: PruningSpace, table: CostTable, router: Router, scheduler: Any, config: PruningConfig
+    ) -> None:
+        super().__init__()
+        if router.space.fingerprint != space.fingerprint:
+            raise ValueError("router and space differ: build the router from the space that was read from this UNet")
+        if config.budget < table.minimum:
+            raise ValueError(
+                f"budget {config.budget} is below {table.minimum:.3f}, the least MACs ratio this space can reach: raise it"
+            )
+        self.unet = unet.eval().requires_grad_(False)
+        self.space, self.table, self.router, self.config = space, table, router, config
+        self.schedule = NoiseSchedule(scheduler)
+        self.register_buffer("usage", torch.full((router.num_codes,), 1 / router.num_codes))
+
+    def train(self, mode: bool = True) -> "PruningStage":
+        """The frozen UNet stays in evaluation mode."""
+        super().train(mode)
+        self.unet.eval()
+        return self
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """Everything a run has learned or remembers: the router's tensors and the usage, not the UNet."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("unet.")}
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        missing = set(self.learned_state()) ^ set(state)
+        if missing:
+            raise ValueError(f"a pruning stage's learned state differs in {sorted(missing)}")
+        self.load_state_dict(state, strict=False)
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        step: int,
+        image_generator: torch.Generator | None = None,
+        code_generator: torch.Generator,
+        gather: Gather = alone,
+    ) -> LossTerms:
+        """image_generator: noise, timesteps and the prompts' gate noise, a worker's own. code_generator: shared."""
+        config, router = self.config, self.router
+        warm = step < config.warmup_steps
+        device = router.codes.device
+
+        logits = router.predictor(batch.embeddings)
+        code_noise = gumbel_noise(tuple(router.codes.shape), code_generator).to(device)
+        prompt_noise = gumbel_noise(tuple(logits.shape), image_generator or code_generator).to(device)
+        sampled_codes = router.gates(router.codes, code_noise)
+        free_codes, free_prompts = router.gates(router.codes), router.gates(logits)
+        sampled_prompts = router.gates(logits, prompt_noise)
+
+        # The transport sees everybody's prompts; its potentials then assign this worker's rows.
+        noisy = config.assignment_noise
+        ours = router.features(sampled_prompts if noisy else free_prompts)
+        theirs = router.features(sampled_codes if noisy else free_codes).detach()
+        similarity = ours @ theirs.T
+        transport = balanced_assignment(
+            gather(similarity.detach()), epsilon=config.transport_epsilon, iterations=config.transport_iterations
+        )
+        assigned = (similarity.detach() + transport.potentials).argmax(1)
+
+        gates = sampled_prompts if warm else sampled_codes[assigned]
+        mask = router.harden(gates) if config.forward_gates == "hard" else gates
+        terms = self._denoise(batch, mask, image_generator)
+
+        routed = router.route_embeddings(batch.embeddings)
+        self._remember(gather(routed.usage().unsqueeze(0)).mean(0))
+        code_ratios = self.table.ratio(router.harden(free_codes))
+        if warm:
+            ratios = gather(self.table.ratio(router.harden(free_prompts)))
+            shares = torch.ones_like(ratios)
+        else:
+            ratios, shares = code_ratios, self.usage.clone()
+        ratio = (shares * ratios).sum() / shares.sum()
+        terms["resource"] = resource_loss(ratio, config.budget)
+        terms["spread"] = -spread(ratios, shares)
+        terms["largest"] = 1 - ratios.max()
+        terms["contrastive"] = contrastive_loss(
+            gather(batch.embeddings),
+            gather(ours),
+            temperature=config.contrastive_temperature,
+            form=config.contrastive,
+        )
+        terms["pull"] = pull_loss(similarity, assigned, temperature=config.pull_temperature)
+        return LossTerms(
+            terms,
+            {name: getattr(config, f"{name}_weight") for name in terms if name != "denoising"},
+            {
+                "ratio": ratio.detach(),
+                "code_ratios": code_ratios.detach(),
+                "usage": self.usage.clone(),
+                "transport_usage": code_usage(transport.indices, router.num_codes),
+                "agreement": (routed.indices == assigned).float().mean(),
+                "margin": routed.margins.mean(),
+            },
+        )
+
+    def _denoise(self, batch: Batch, mask: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+        noise, timesteps = sample_noise(batch.latents, len(self.schedule), generator)
+        noisy = self.schedule.noisy(batch.latents, noise, timesteps)
+        distil = self.config.feature_weight > 0
+
+        with gated(self.unet, self.space) as gates, block_features(self.unet) if distil else nullcontext([]) as features:
+            gates.open()
+            with torch.no_grad():
+                teacher = self.unet(noisy, timesteps, batch.text_states, return_dict=False)[0]
+            taught = list(features)
+            gates.set(mask)
+            student = self.unet(noisy, timesteps, batch.text_states, return_dict=False)[0]
+            learnt = list(features)
+        target = self.schedule.target(batch.latents, noise, timesteps)
+        weight = self.schedule.min_snr_weight(timesteps, self.config.snr_gamma)
+        terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
+        if distil:
+            terms["feature"] = feature_loss(learnt, taught, normalise=self.config.normalise_features)
+        return terms
+
+    @torch.no_grad()
+    def _remember(self, usage: Float[Tensor, " code"]) -> None:
+        decay = self.config.usage_decay
+        self.usage.mul_(decay).add_(usage, alpha=1 - decay)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate_budget` found and did; ratios are usage-weighted, of the noise-free codes."""
+
+    ratio_before: float
+    ratio: float
+    width_shift: float
+    depth_shift: float
+    usage: tuple[float, ...]
+
+
+@torch.no_grad()
+def calibrate_budget(
+    router: Router,
+    embeddings: Float[Tensor, "prompt dim"],
+    table: CostTable,
+    budget: float,
+    *,
+    tolerance: float = 0.01,
+    balance: bool = False,
+) -> Calibration:
+    """Moves the thresholds of all gates by one number until the prompts, as finally routed, cost the budget on average.
+
+    The shift is added to every width logit of codes and predictor alike, which keeps each site's order of units; depth
+    moves only if width alone cannot reach the budget. Routes are computed anew for every shift that is tried. With
+    `balance` the router's bias becomes the transport's potentials on these prompts: each code then gets about its equal
+    share at inference as in training. A code that nobody uses is an UnusedCodeError; a budget out of reach a ValueError.
+    """
+    if not table.minimum <= budget <= 1:
+        raise ValueError(f"budget must lie in {table.minimum:.3f}..1 (what this space can reach), it is {budget}")
+
+    def ratio_at(width: float, depth: float) -> float:
+        router.shift.copy_(torch.tensor([width, depth]))
+        if balance:
+            router.bias.zero_()
+            router.bias.copy_(balanced_assignment(router.route_embeddings(embeddings).similarities, epsilon=0.01).potentials)
+        usage = router.route_embeddings(embeddings).usage()
+        return float((usage * table.ratio(router.harden(router.gates(router.codes)))).sum())
+
+    def solve(ratio_of: Callable[[float], float]) -> float:
+        low, high = -30.0, 30.0
+        for _ in range(32):
+            middle = (low + high) / 2
+            low, high = (middle, high) if ratio_of(middle) < budget else (low, middle)
+        return min((low, high), key=lambda shift: abs(ratio_of(shift) - budget))
+
+    width, depth = router.shift.tolist()
+    before = ratio_at(width, depth)
+    if abs(before / budget - 1) > tolerance / 10:
+        if not ratio_at(-30.0, depth) <= budget <= ratio_at(30.0, depth):
+            depth = solve(lambda shift: ratio_at(shift, shift))
+            if not ratio_at(-30.0, depth) <= budget <= ratio_at(30.0, depth):
+                depth = 30.0 if ratio_at(30.0, depth) < budget else depth
+        width = solve(lambda shift: ratio_at(shift, depth))
+    after = ratio_at(width, depth)
+    if abs(after / budget - 1) > tolerance:
+        raise ValueError(
+            f"the routed prompts cost {after:.3f} of the full MACs, the nearest to budget {budget} that a shift of the "
+            f"thresholds reaches (tolerance {tolerance:.0%}): train longer or choose another budget"
+        )
+    usage = router.route_embeddings(embeddings).usage()
+    require_used(usage)
+    return Calibration(before, after, width, depth, tuple(usage.tolist()))
