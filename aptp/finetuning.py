@@ -1,6 +1,6 @@
 """Stage 2: an expert learns, from its own prompts and from the full model, what cutting took from it.
 
-    L = l_task denoising + l_out ||expert - teacher||^2 + l_feat features                          (APTP, section 3)
+L = l_task denoising + l_out ||expert - teacher||^2 + l_feat features                          (APTP, section 3)
 """
 
 from contextlib import nullcontext

@@ -1,8 +1,8 @@
 """The terms of the two stages' objectives: functions of tensors, each a scalar.
 
-    pruning      L = denoising + l_out output + l_feat features + l_res resource + l_cont contrastive + l_pull pull
-                     - l_std spread + l_max (1 - largest ratio)                                      (APTP, section 3)
-    fine-tuning  L = l_task denoising + l_out output + l_feat features
+pruning      L = denoising + l_out output + l_feat features + l_res resource + l_cont contrastive + l_pull pull
+                 - l_std spread + l_max (1 - largest ratio)                                      (APTP, section 3)
+fine-tuning  L = l_task denoising + l_out output + l_feat features
 """
 
 import math
@@ -131,9 +131,7 @@ def output_loss(
     return per_sample_error(student, teacher).mean()
 
 
-def feature_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], *, normalise: bool = True
-) -> Float[Tensor, ""]:
+def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, normalise: bool = True) -> Float[Tensor, ""]:
     """Distillation of the blocks' outputs: the mean over layers of each layer's squared difference.
 
     normalise: each layer's difference is divided by the teacher's power in that layer, so that a layer weighs the same

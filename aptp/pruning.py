@@ -115,7 +115,13 @@ class PruningStage(nn.Module):
     usage: Tensor
 
     def __init__(
-        self, unet: nn.Module, space: PruningSpace, table: CostTable, router: Router, scheduler: Any, config: PruningConfig
+        self,
+        unet: nn.Module,
+        space: PruningSpace,
+        table: CostTable,
+        router: Router,
+        scheduler: Any,
+        config: PruningConfig,
     ) -> None:
         super().__init__()
         if router.space.fingerprint != space.fingerprint:
@@ -217,7 +223,10 @@ class PruningStage(nn.Module):
         noisy = self.schedule.noisy(batch.latents, noise, timesteps)
         distil = self.config.feature_weight > 0
 
-        with gated(self.unet, self.space) as gates, block_features(self.unet) if distil else nullcontext([]) as features:
+        with (
+            gated(self.unet, self.space) as gates,
+            block_features(self.unet) if distil else nullcontext([]) as features,
+        ):
             gates.open()
             with torch.no_grad():
                 teacher = self.unet(noisy, timesteps, batch.text_states, return_dict=False)[0]
@@ -273,7 +282,9 @@ def calibrate_budget(
         router.shift.copy_(torch.tensor([width, depth]))
         if balance:
             router.bias.zero_()
-            router.bias.copy_(balanced_assignment(router.route_embeddings(embeddings).similarities, epsilon=0.01).potentials)
+            router.bias.copy_(
+                balanced_assignment(router.route_embeddings(embeddings).similarities, epsilon=0.01).potentials
+            )
         usage = router.route_embeddings(embeddings).usage()
         return float((usage * table.ratio(router.harden(router.gates(router.codes)))).sum())
 

