@@ -40,7 +40,7 @@ STAGES = {
         Stage("cut", "cut", ("cut",), ("prune", "assign"), "cutting:cut"),
         Stage("finetune", "finetuned", ("finetuning", "finetune"), ("encode", "cut"), "train.trainer:finetune"),
         Stage("evaluate", "evaluated", ("evaluate",), ("encode", "finetune"), "evaluation:evaluate"),
-        Stage("publish", "release", ("publish",), ("finetune", "evaluate"), "publishing:publish"),
+        Stage("publish", "release", (), ("finetune", "evaluate"), "publishing:publish"),
     )
 }
 
@@ -55,37 +55,44 @@ def run_stage(name: str, config: RunConfig, say: Callable[[str], None] = print) 
     for earlier in stage.after:
         require_stage(earlier, config)
     expected = fingerprint(name, config)
-    folder = root.join(stage.folder)
-    done = _read(folder, "stage.json")
-    if done is not None and done["fingerprint"] == expected:
-        say(f"[{name}] reused: {folder.uri} was made from the same config and inputs")
-        return done["summary"]
-    begun = _read(folder, "begun.json")
-    if begun is not None and begun["fingerprint"] != expected:
+    where = root.join(stage.folder).uri
+    record = _read(root, name)
+    if record is not None and record["fingerprint"] != expected:
         root.remove(stage.folder)
-    folder.write_json("begun.json", {"fingerprint": expected})
+        record = None
+    if record is not None and "summary" in record:
+        say(f"[{name}] reused: {where} was made from the same config and inputs")
+        return record["summary"]
+    root.write_json(_record(name), {"fingerprint": expected})
     started = time.monotonic()
     module, function = stage.entry.split(":")
     summary = getattr(importlib.import_module(f"aptp_platform.{module}"), function)(config)
     seconds = round(time.monotonic() - started, 1)
-    folder.write_json("stage.json", {"fingerprint": expected, "seconds": seconds, "summary": summary})
+    root.write_json(_record(name), {"fingerprint": expected, "seconds": seconds, "summary": summary})
     say(f"[{name}] done in {seconds:.0f} s: {_brief(summary)}")
     return summary
 
 
 def require_stage(name: str, config: RunConfig) -> Summary:
     """The summary of a finished stage, if it was made for this very config."""
-    stage = STAGES[name]
-    folder = Store.open(config.root, config.storage).join(stage.folder)
-    done = _read(folder, "stage.json")
-    if done is None:
-        raise ConfigError(f"{name}: {folder.uri} holds no finished result; run the {name} job first")
-    if done["fingerprint"] != fingerprint(name, config):
+    root = Store.open(config.root, config.storage)
+    record = _read(root, name)
+    if record is None or "summary" not in record:
+        raise ConfigError(f"{name}: {root.uri} holds no finished result of it; run the {name} job first")
+    if record["fingerprint"] != fingerprint(name, config):
         raise ConfigError(
-            f"{name}: {folder.uri} was made from another config or other inputs; run the {name} job again, "
-            "or give this run a root of its own"
+            f"{name}: its result in {root.uri} was made from another config or other inputs; run the {name} job "
+            "again, or give this run a root of its own"
         )
-    return done["summary"]
+    return record["summary"]
+
+
+def forget(config: RunConfig) -> None:
+    """Remove what every stage of this run has made, and the record of it."""
+    root = Store.open(config.root, config.storage)
+    for stage in STAGES.values():
+        root.remove(_record(stage.name))
+        root.remove(stage.folder)
 
 
 def fingerprint(name: str, config: RunConfig) -> str:
@@ -100,19 +107,26 @@ def fingerprint(name: str, config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _source_facts(source: str, config: RunConfig) -> list[Any]:
-    """Names, sizes and change marks of the files that a run starts from, whatever they hold."""
+def _source_facts(source: str, config: RunConfig) -> list[str]:
+    """Names, sizes and versions of the files that a run starts from."""
     if source == "data":
         store = Store.open(config.data.source, config.storage)
-        return [store.stat(name) for pattern in (config.data.train, config.data.heldout) for name in store.list(pattern)]
+        return [store.fingerprint(pattern) for pattern in (config.data.train, config.data.heldout)]
     if config.model.pipeline.startswith("package:"):
         return [config.model.pipeline]
-    store = Store.open(config.model.pipeline, config.storage)
-    return [store.stat(name) for name in store.list("**")]
+    return [Store.open(config.model.pipeline, config.storage).fingerprint()]
 
 
-def _read(folder: Store, name: str) -> dict[str, Any] | None:
-    return folder.read_json(name) if folder.has(name) else None
+def _record(name: str) -> str:
+    """Where a stage's fingerprint stands from its start on, and its summary once it is done.
+
+    Outside the stage's own folder: a release is a folder in which every file is accounted for.
+    """
+    return f"stages/{name}.json"
+
+
+def _read(root: Store, name: str) -> dict[str, Any] | None:
+    return root.read_json(_record(name)) if root.exists(_record(name)) else None
 
 
 def _brief(summary: Summary) -> str:

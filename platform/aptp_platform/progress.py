@@ -1,4 +1,4 @@
-"""One progress line a job: a bar on a terminal, and on anything else a line every few seconds that a driver can read."""
+"""One progress line a job: a bar on a terminal, on anything else a line every few seconds that a driver can read."""
 
 import sys
 import time
@@ -55,7 +55,7 @@ class Progress:
         elif done >= self.total or done == self._first or now - self._printed >= LINE_SECONDS:
             self._printed = now
             rate = (done - self._first) / max(now - self._started, 1e-9)
-            left = f" eta={(self.total - done) / rate:.0f}s" if 0 < rate and done < self.total else ""
+            left = f" eta={(self.total - done) / rate:.0f}s" if rate > 0 and done < self.total else ""
             print(f"[{self.name}] {done}/{self.total} {shown}{left}".rstrip(), flush=True)
 
 

@@ -1,0 +1,310 @@
+"""What the experts are worth: teacher, baselines and experts on the same held-out prompts, noise and seeds.
+
+Two measures. The paired denoising loss differs between two networks by nothing but the networks. CMMD-lite0 compares
+generated with real images (`aptp.metrics` says why it is not called CMMD). Each network is scored by one Ray task.
+"""
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from aptp.expert import load_expert, read_expert_info
+from diffusers import StableDiffusionPipeline
+from jaxtyping import Float
+from PIL import Image
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from aptp.latents import encode_texts
+from aptp.losses import NoiseSchedule
+from aptp.metrics import Lite0, maximum_mean_discrepancy, paired_denoising_loss
+from aptp.router import Router
+from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.data.captions import read_captioned
+from aptp_platform.data.encoded import choose_caption, read_encoded
+from aptp_platform.data.shards import decode_image
+from aptp_platform.models import load_pipeline_parts
+from aptp_platform.progress import Progress
+from aptp_platform.report import write_report
+from aptp_platform.storage import Store
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Captioned images that no stage has trained on, in the order of a hash of their keys."""
+
+    keys: list[str]
+    captions: list[str]
+    kinds: list[str]
+    latents: Float[Tensor, "row channel height width"]
+    embeddings: Float[Tensor, "row dim"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network and the rows that it answers for."""
+
+    arm: str
+    network: str | None  # a folder under the run's root; None: the teacher
+    ratio: float
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one part measured: a loss a row, and features and small pictures of the rows it generated."""
+
+    losses: Float[np.ndarray, " row"]
+    features: Float[np.ndarray, "generated dim"]
+    thumbnails: list[bytes]
+
+
+def evaluate(config: RunConfig) -> dict[str, Any]:
+    """Score every arm on the held-out rows and publish `evaluated/` (metrics.json, figures, report.html)."""
+    root = Store.open(config.root, config.storage)
+    held = _held_out(config, root)
+    with tempfile.TemporaryDirectory() as scratch:
+        router = Router.load(root.fetch("pruned/router", scratch))
+        codes = router.route_embeddings(held.embeddings).indices.tolist()
+        parts = list(_parts(config, root, codes))
+    scored = _score_all(config, held, parts)
+    real = _real_features(config)
+    arms: dict[str, Any] = {}
+    losses: dict[str, np.ndarray] = {}
+    for arm in dict.fromkeys(part.arm for part in parts):
+        mine = [(part, scores) for part, scores in zip(parts, scored, strict=True) if part.arm == arm]
+        losses[arm], ratios = np.empty(len(codes)), np.empty(len(codes))
+        for part, scores in mine:
+            losses[arm][part.rows], ratios[part.rows] = scores.losses, part.ratio
+        features = np.concatenate([scores.features for _, scores in mine])
+        arms[arm] = {
+            "macs_ratio": float(ratios.mean()),
+            "denoising_loss": float(losses[arm].mean()),
+            "cmmd_lite0": maximum_mean_discrepancy(torch.from_numpy(features), real),
+        }
+    for arm, facts in arms.items():
+        if arm != TEACHER:
+            extra = losses[arm] - losses[TEACHER]
+            facts["extra_loss"] = float(extra.mean())
+            facts["extra_loss_95"] = _interval(extra)
+    ratios = [part.ratio for part in parts if part.arm == "experts"]
+    metrics = {
+        "held_out": len(codes),
+        "generated": min(len(codes), config.evaluate.generated),
+        "arms": arms,
+        "codes": _code_facts(parts, codes),
+        "kinds": _kind_facts(held.kinds, codes, ratios, losses),
+        "experts_minus_baselines": {
+            arm: {
+                "mean": float((losses["experts"] - losses[arm]).mean()),
+                "95": _interval(losses["experts"] - losses[arm]),
+            }
+            for arm in arms
+            if arm not in (TEACHER, "experts")
+        },
+    }
+    thumbnails = {
+        arm: _in_order(config, [(p, s) for p, s in zip(parts, scored, strict=True) if p.arm == arm]) for arm in arms
+    }
+    write_report(root, metrics, held.captions, thumbnails)
+    experts = arms["experts"]
+    return {
+        "held-out rows": len(codes),
+        "teacher's loss": round(arms[TEACHER]["denoising_loss"], 4),
+        **{f"{arm}'s loss": round(arms[arm]["denoising_loss"], 4) for arm in arms if arm != TEACHER},
+        "experts' MACs ratio": round(experts["macs_ratio"], 3),
+    }
+
+
+def _held_out(config: RunConfig, root: Store) -> HeldOut:
+    rows = read_encoded(root.join("encoded", "heldout")).take_all()
+    if not rows:
+        raise ConfigError(
+            f"data.heldout: {config.data.heldout!r}: no encoded row came of it; name shards that training does not see"
+        )
+    rows = sorted(rows, key=lambda row: hashlib.sha256(row["key"].encode()).digest())[: config.evaluate.images]
+    chosen = [choose_caption(row["key"], len(row["captions"]), 0, config.seed) for row in rows]
+    return HeldOut(
+        [row["key"] for row in rows],
+        [row["captions"][index] for row, index in zip(rows, chosen, strict=True)],
+        [json.loads(row["tags"]).get("kind", "all") for row in rows],
+        torch.from_numpy(np.stack([row["latents"] for row in rows])).float(),
+        torch.from_numpy(np.stack([row["embeddings"][i] for row, i in zip(rows, chosen, strict=True)])).float(),
+    )
+
+
+def _parts(config: RunConfig, root: Store, codes: list[int]) -> Iterator[Part]:
+    everything = list(range(len(codes)))
+    yield Part(TEACHER, None, 1.0, everything)
+    for name in config.cut.baselines:
+        folder = f"finetuned/{name}"
+        yield Part(name, folder, _ratio(root, folder), everything)
+    for code in range(config.router.num_codes):
+        rows = [row for row in everything if codes[row] == code]
+        if rows:  # a code may have no held-out prompt
+            folder = f"finetuned/{code:02d}"
+            yield Part("experts", folder, _ratio(root, folder), rows)
+
+
+def _ratio(root: Store, folder: str) -> float:
+    """The MACs ratio that an expert's own folder states."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return read_expert_info(root.fetch(folder, scratch)).cost.ratio
+
+
+def _score_all(config: RunConfig, held: HeldOut, parts: list[Part]) -> list[Scores]:
+    shared, settings = ray.put(held), ray.put(config)
+    pending = {_score.remote(settings, shared, part): index for index, part in enumerate(parts)}
+    scored: dict[int, Scores] = {}
+    with Progress("evaluate", len(parts)) as progress:
+        progress.update(0)
+        while pending:
+            (ready,), _ = ray.wait(list(pending))
+            index = pending.pop(ready)
+            scored[index] = ray.get(ready)
+            progress.update(len(scored), network=parts[index].network or TEACHER)
+    return [scored[index] for index in range(len(parts))]
+
+
+@ray.remote(num_cpus=1)
+def _score(config: RunConfig, held: HeldOut, part: Part) -> Scores:
+    parts = load_pipeline_parts(config.model, config.storage)
+    unet = parts.unet
+    if part.network is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            unet = load_expert(Store.open(config.root, config.storage).fetch(part.network, scratch))
+    unet = unet.eval()
+    pipeline = StableDiffusionPipeline(
+        unet=unet, vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
+        scheduler=parts.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    generated = [row for row in part.rows if row < config.evaluate.generated]
+    features, thumbnails = _generate(config, pipeline, held, generated)
+    return Scores(_losses(config, pipeline, unet, held, part.rows), features, thumbnails)
+
+
+@torch.no_grad()
+def _losses(
+    config: RunConfig, pipeline: StableDiffusionPipeline, unet: nn.Module, held: HeldOut, rows: list[int]
+) -> Float[np.ndarray, " row"]:
+    """The mean over timesteps of each row's loss; a row's noise depends on its key alone, so arms are paired."""
+    schedule = NoiseSchedule(pipeline.scheduler)
+    losses = []
+    for batch in _batches(rows, config.evaluate.batch_size):
+        latents = held.latents[batch]
+        texts = encode_texts(pipeline.tokenizer, pipeline.text_encoder, [held.captions[row] for row in batch])
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=_generator(held.keys[row])) for row in batch])
+        each = [
+            paired_denoising_loss(unet, schedule, latents, texts, noise, torch.full((len(batch),), timestep))
+            for timestep in config.evaluate.timesteps
+        ]
+        losses.append(torch.stack(each).mean(0))
+    return torch.cat(losses).numpy().astype(np.float64)
+
+
+@torch.no_grad()
+def _generate(
+    config: RunConfig, pipeline: StableDiffusionPipeline, held: HeldOut, rows: list[int]
+) -> tuple[Float[np.ndarray, "generated dim"], list[bytes]]:
+    """Features of one image a row, seeded by the row's key, and each image as a small PNG."""
+    extractor = Lite0()
+    features, thumbnails = [np.zeros((0, extractor.dim), np.float32)], []
+    for batch in _batches(rows, config.evaluate.batch_size):
+        images = pipeline(
+            [held.captions[row] for row in batch],
+            num_inference_steps=config.evaluate.inference_steps,
+            guidance_scale=config.evaluate.guidance_scale,
+            generator=[_generator(held.keys[row]) for row in batch],
+            output_type="pt",
+        ).images
+        features.append(extractor(images * 2 - 1).numpy())
+        for image in images:
+            pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).resize((64, 64), Image.Resampling.LANCZOS).save(buffer, "PNG")
+            thumbnails.append(buffer.getvalue())
+    return np.concatenate(features), thumbnails
+
+
+def _real_features(config: RunConfig) -> Float[Tensor, "real dim"]:
+    """Features of the held-out images as they are stored, cropped as for training."""
+    rows = read_captioned(config.data, config.storage, config.data.heldout)
+    extractor, features = Lite0(), []
+    for batch in rows.limit(4 * config.evaluate.images).iter_batches(batch_size=config.evaluate.batch_size):
+        images = [
+            decode_image(image, config.data.image_size)
+            for image, fault in zip(batch["image"], batch["fault"], strict=True)
+            if not fault
+        ]
+        features.append(extractor(torch.from_numpy(np.stack(images)).float() / 127.5 - 1))
+    return torch.cat(features)
+
+
+def _in_order(config: RunConfig, mine: list[tuple[Part, Scores]]) -> list[bytes]:
+    """Thumbnails of the generated rows, in the rows' order whichever part made them."""
+    found: dict[int, bytes] = {}
+    for part, scores in mine:
+        rows = [row for row in part.rows if row < config.evaluate.generated]
+        found.update(zip(rows, scores.thumbnails, strict=True))
+    return [found[row] for row in sorted(found)]
+
+
+def _code_facts(parts: list[Part], codes: list[int]) -> list[dict[str, Any]]:
+    experts = [part for part in parts if part.arm == "experts"]
+    return [
+        {"code": codes[part.rows[0]], "macs_ratio": part.ratio, "share": len(part.rows) / len(codes)}
+        for part in experts
+    ]
+
+
+def _kind_facts(
+    kinds: list[str], codes: list[int], ratios: list[float], losses: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Who gets capacity: by kind of prompt, the routed ratio beside what a smaller network costs that kind.
+
+    The router never sees the kind. The rank correlation is over kinds with at least 8 rows.
+    """
+    baseline = next((arm for arm in losses if arm not in (TEACHER, "experts")), None)
+    by_code = dict(zip(sorted(set(codes)), ratios, strict=True))
+    routed = np.array([by_code[code] for code in codes])
+    table: dict[str, Any] = {}
+    for kind in sorted(set(kinds)):
+        mine = np.array([each == kind for each in kinds])
+        if mine.sum() >= 8:
+            table[kind] = {"rows": int(mine.sum()), "routed_ratio": float(routed[mine].mean())}
+            if baseline is not None:
+                table[kind]["baseline_extra_loss"] = float((losses[baseline] - losses[TEACHER])[mine].mean())
+    correlation = None
+    if baseline is not None and len(table) > 2 and len({facts["routed_ratio"] for facts in table.values()}) > 1:
+        facts = list(table.values())
+        correlation = float(
+            spearmanr([f["routed_ratio"] for f in facts], [f["baseline_extra_loss"] for f in facts]).statistic
+        )
+    return {"table": table, "rank_correlation": correlation}
+
+
+def _interval(values: Float[np.ndarray, " row"]) -> tuple[float, float]:
+    """A bootstrap 95 % interval of the mean."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _generator(key: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+
+
+def _batches(rows: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
