@@ -1,0 +1,167 @@
+"""The models a run starts from: a stock diffusers folder and the encoders beside it, fetched, checked and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from aptp_platform.config import ModelConfig, StorageConfig
+from aptp_platform.storage import Store
+
+PACKAGE = "package:"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a Stable Diffusion pipeline: fp32, evaluation mode, no gradients."""
+
+    unet: diffusers.UNet2DConditionModel
+    vae: diffusers.AutoencoderKL
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+
+
+def fetch_model(spec: str, storage: StorageConfig) -> Path:
+    """A model folder on this machine.
+
+    Args:
+        spec: a path, a URI, or `package:NAME`: a Python package that holds a model and a function `get_model_path()`.
+            What comes from a bucket is kept in the machine's temporary folder, under the fingerprint of its files.
+
+    Raises:
+        ValueError: it is not there, or the package is not installed.
+    """
+    if spec.startswith(PACKAGE):
+        return _package_folder(spec.removeprefix(PACKAGE))
+    store = Store.open(spec, storage)
+    if store.is_local:
+        if not Path(store.uri).is_dir():
+            raise ValueError(f"{spec}: is no folder; name a model folder, a URI or package:NAME")
+        return Path(store.uri)
+    store.require("**", "model")
+    digest = hashlib.sha256(f"{store.uri} {store.fingerprint()}".encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / "aptp-models" / digest
+    name = store.uri.rpartition("/")[2]
+    if not (folder / name).is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        parent, _, last = store.uri.rpartition("/")
+        Store.open(parent, storage).fetch(last, folder)
+    return folder / name
+
+
+def check_pipeline(config: ModelConfig, storage: StorageConfig) -> Path:
+    """The pipeline's folder on this machine, sure to hold every part that the run loads from it; nothing is loaded.
+
+    Raises:
+        ValueError: a part is missing; the line names the folder.
+    """
+    folder = fetch_model(config.pipeline, storage)
+    needed = ["unet", "vae", "scheduler"]
+    if config.text_encoder is None:
+        needed += ["text_encoder", "tokenizer"]
+    for part in needed:
+        _require_part(folder, part, config.pipeline)
+    for spec in (config.text_encoder, config.prompt_encoder):
+        if spec is not None:
+            fetch_model(spec, storage)
+    return folder
+
+
+def load_pipeline_parts(config: ModelConfig, storage: StorageConfig) -> Parts:
+    """Load the pipeline: fp32, evaluation mode, safetensors only, with the configured text encoder in it.
+
+    Raises:
+        ValueError: a part is missing or cannot be loaded, or `model.num_text_tokens` is more than the encoder reads.
+    """
+    folder = check_pipeline(config, storage)
+    tokenizer, text_encoder = _load_text_encoder(config, storage, folder)
+    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", config)
+    width = getattr(text_encoder.config, "hidden_size", None)
+    if width != unet.config.cross_attention_dim:
+        raise ValueError(
+            f"model.text_encoder: {config.text_encoder or config.pipeline}: has states of width {width}, the UNet reads "
+            f"{unet.config.cross_attention_dim}: name the text encoder that the UNet was trained with"
+        )
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    return Parts(
+        unet=unet,
+        vae=_load(diffusers.AutoencoderKL, folder, "vae", config),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=getattr(diffusers, scheduler).from_pretrained(folder / "scheduler"),
+    )
+
+
+def load_vae(config: ModelConfig, storage: StorageConfig) -> diffusers.AutoencoderKL:
+    """The pipeline's autoencoder alone, as `load_pipeline_parts` loads it."""
+    return _load(diffusers.AutoencoderKL, fetch_model(config.pipeline, storage), "vae", config)
+
+
+def _load_text_encoder(config: ModelConfig, storage: StorageConfig, folder: Path) -> tuple[Any, Any]:
+    if config.text_encoder is None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        name = _read_json(folder / "text_encoder" / "config.json").get("architectures", ["AutoModel"])[0]
+        model = _load(getattr(transformers, name), folder, "text_encoder", config)
+    else:
+        own = fetch_model(config.text_encoder, storage)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(own, local_files_only=True)
+        model = _load(transformers.AutoModel, own, "", config)
+        if not model.config.model_type.startswith("clip") and not hasattr(model.config, "use_attention_mask"):
+            model.config.use_attention_mask = True  # all but CLIP are trained with their padding masked
+    if config.num_text_tokens is not None:
+        limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 30))
+        if not 2 < config.num_text_tokens <= limit:
+            raise ValueError(f"model.num_text_tokens: {config.num_text_tokens}: must be in 3..{limit}, what it reads")
+        tokenizer.model_max_length = config.num_text_tokens
+    return tokenizer, model
+
+
+def _load(kind: Any, folder: Path, part: str, config: ModelConfig) -> Any:
+    _require_part(folder, part, config.pipeline)
+    precision = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
+    try:
+        model = kind.from_pretrained(
+            folder / part, use_safetensors=True, local_files_only=True, **{precision: torch.float32}
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder / part}: does not load as {kind.__name__} from safetensors: {reason}; save it again with "
+            "save_pretrained(..., safe_serialization=True)"
+        ) from None
+    return model.eval().requires_grad_(False)
+
+
+def _require_part(folder: Path, part: str, spec: str) -> None:
+    if not (folder / part).is_dir():
+        there = sorted(path.name for path in folder.iterdir())
+        raise ValueError(
+            f"model.pipeline: {spec}: holds no folder {part}/ (it holds {', '.join(there[:8]) or 'nothing'}); "
+            "name a diffusers pipeline folder, as save_pretrained writes it"
+        )
+
+
+def _package_folder(name: str) -> Path:
+    try:
+        return Path(importlib.import_module(name).get_model_path())
+    except ImportError:
+        raise ValueError(f"{PACKAGE}{name}: that package is not installed: pip install {name}") from None
+    except AttributeError:
+        raise ValueError(f"{PACKAGE}{name}: has no get_model_path(); name a package that brings a model") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({type(error).__name__}); save the pipeline again") from None
