@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from jaxtyping import Float, UInt8
-from rich.progress import Progress
 from torch import Tensor
 
+from aptp_platform.progress import Progress
 from aptp_platform.teacher.workers import Workers, update_average
 
 
@@ -49,7 +49,6 @@ def train_autoencoder(
     images: UInt8[np.ndarray, "image 3 height width"],
     config: AutoencoderConfig,
     workers: Workers,
-    progress: Progress,
 ) -> AutoencoderKL:
     """Train on `images` and return the averaged weights with whitened latents.
 
@@ -64,7 +63,7 @@ def train_autoencoder(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=1e-4, fused=True)
     steps = config.images // (config.batch_size * workers.count)
     generator = torch.Generator().manual_seed(config.seed * 1000 + workers.rank)
-    bar = progress.add_task("autoencoder", total=steps, note="")
+    progress = Progress("autoencoder", steps) if workers.rank == 0 else None
     started = time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -79,7 +78,8 @@ def train_autoencoder(
         optimizer.zero_grad()
         update_average(average, model, min(config.average_decay, (1 + step) / (10 + step)))
         rate = (step + 1) * config.batch_size * workers.count / (time.monotonic() - started)
-        progress.update(bar, advance=1, note=f"loss {loss.item():.4f}, {rate:.0f} images/s")
+        if progress is not None:
+            progress.update(step + 1, **{"loss": loss.item(), "images/s": rate})
     _whiten(average, images)
     return average.eval()
 

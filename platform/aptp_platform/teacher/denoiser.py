@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aptp_platform.progress import Progress
 from aptp_platform.teacher.workers import Workers, update_average
 
 
@@ -82,7 +83,6 @@ def train_denoiser(
     config: DenoiserConfig,
     workers: Workers,
     folder: Path,
-    progress: Progress,
     on_checkpoint: Callable[[UNet2DConditionModel, int], None],
 ) -> UNet2DConditionModel:
     """Train, or go on from the checkpoint in `folder`; returns the averaged weights.
@@ -102,7 +102,7 @@ def train_denoiser(
     batch_size = config.batch_size * workers.count
     steps = config.images // batch_size
     start = _load(folder, model, average, optimizer) // batch_size
-    bar = progress.add_task("denoiser", total=steps, completed=start, note="")
+    progress = Progress("denoiser", steps) if workers.rank == 0 else None
     recent: list[float] = []
     started = saved = time.monotonic()
     for step in range(start, steps):
@@ -121,8 +121,8 @@ def train_denoiser(
         if (step + 1) % 50 == 0 or step + 1 == steps:
             mean = workers.mean(sum(recent) / len(recent))
             rate = (step + 1 - start) * batch_size / (time.monotonic() - started)
-            progress.update(bar, completed=step + 1, note=f"loss {mean:.4f}, {rate:.1f} images/s")
-            if workers.rank == 0:
+            if progress is not None:
+                progress.update(step + 1, **{"loss": mean, "images/s": rate})
                 with (folder / "losses.jsonl").open("a") as log:
                     log.write(json.dumps({"images": seen, "loss": mean}) + "\n")
             recent.clear()
@@ -174,7 +174,7 @@ def _save(
     images: int,
     seconds: float,
 ) -> None:
-    state = _read_state(folder)
+    state = read_state(folder)
     fresh = folder / "checkpoint.new"
     fresh.mkdir(exist_ok=True)
     save_file(model.state_dict(), fresh / "model.safetensors")
@@ -195,7 +195,8 @@ def _latest(folder: Path) -> Path | None:
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _read_state(folder: Path) -> dict[str, float]:
+def read_state(folder: Path) -> dict[str, Any]:
+    """Images seen, seconds taken and the config of the latest checkpoint."""
     latest = _latest(folder)
     return json.loads((latest / "state.json").read_text()) if latest else {"images": 0, "seconds": 0.0}
 
@@ -212,4 +213,4 @@ def _load(
     model.load_state_dict(load_file(latest / "model.safetensors"))
     average.load_state_dict(load_file(latest / "average.safetensors"))
     optimizer.load_state_dict(torch.load(latest / "optimizer.pt", weights_only=True))
-    return int(_read_state(folder)["images"])
+    return int(read_state(folder)["images"])

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import UInt8
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from aptp_platform.data.shards import Fault, decode_image, read_shard
+from aptp_platform.progress import Progress
 from aptp_platform.teacher.autoencoder import AutoencoderConfig, encode_means, train_autoencoder
+from aptp_platform.teacher.card import write_card
 from aptp_platform.teacher.denoiser import CachedSet, DenoiserConfig, build_scheduler, train_denoiser
 from aptp_platform.teacher.workers import Workers
 
@@ -38,25 +39,24 @@ def train_teacher(config: TeacherConfig, workers: Workers) -> None:
     """Every step that is not done yet; the pipeline folder stands in `config.work / "pipeline"` from the first
     checkpoint on and is renewed at each."""
     config.work.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    with Progress(*columns, disable=workers.rank > 0, refresh_per_second=0.5) as progress:
-        images, captions = read_images(config.shards, config.image_size)
-        if not (config.work / "vae").exists():
-            trained = train_autoencoder(images, config.autoencoder, workers, progress)
-            if workers.rank == 0:
-                trained.save_pretrained(config.work / "vae.new")
-                (config.work / "vae.new").rename(config.work / "vae")
-            workers.wait()
-        vae = AutoencoderKL.from_pretrained(config.work / "vae").eval()
-        if workers.rank == 0 and not (config.work / "cache.safetensors").exists():
-            _write_cache(config, vae, images, captions, progress)
+    images, captions = read_images(config.shards, config.image_size)
+    if not (config.work / "vae").exists():
+        trained = train_autoencoder(images, config.autoencoder, workers)
+        if workers.rank == 0:
+            trained.save_pretrained(config.work / "vae.new")
+            (config.work / "vae.new").rename(config.work / "vae")
         workers.wait()
-        data = CachedSet(**load_file(config.work / "cache.safetensors"))
-
-        def renew(unet: UNet2DConditionModel, images: int) -> None:
-            write_pipeline(config, vae, unet)
-
-        train_denoiser(data, config.denoiser, workers, config.work, progress, renew)
+    vae = AutoencoderKL.from_pretrained(config.work / "vae").eval()
+    latents, texts = config.work / "latents.safetensors", config.work / "texts.safetensors"
+    if workers.rank == 0 and not latents.exists():
+        _save(latents, {"latents": encode_means(vae, images)})
+    if workers.rank == workers.count - 1 and not texts.exists():
+        _save(texts, _encode_captions(config, captions))
+    workers.wait()
+    data = CachedSet(**load_file(latents), **load_file(texts))
+    train_denoiser(data, config.denoiser, workers, config.work, lambda unet, _: write_pipeline(config, vae, unet))
+    if workers.rank == 0:
+        write_card(config.work / "pipeline", config.work, config.text_encoder, config.num_text_tokens, workers.count)
 
 
 def read_images(shards: Path, size: int) -> tuple[UInt8[np.ndarray, "image 3 height width"], list[tuple[str, ...]]]:
@@ -76,13 +76,7 @@ def read_images(shards: Path, size: int) -> tuple[UInt8[np.ndarray, "image 3 hei
 
 
 @torch.no_grad()
-def _write_cache(
-    config: TeacherConfig,
-    vae: AutoencoderKL,
-    images: UInt8[np.ndarray, "image 3 height width"],
-    captions: list[tuple[str, ...]],
-    progress: Progress,
-) -> None:
+def _encode_captions(config: TeacherConfig, captions: list[tuple[str, ...]]) -> dict[str, torch.Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
     encoder = AutoModel.from_pretrained(config.text_encoder).eval()
 
@@ -93,15 +87,18 @@ def _write_cache(
         return encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.half()
 
     texts = [text for each in captions for text in each]
-    batches = [texts[i : i + 128] for i in range(0, len(texts), 128)]
-    states = torch.cat([encode(batch) for batch in progress.track(batches, description="text states")])
-    cache = {
-        "latents": encode_means(vae, images),
-        "texts": states.unflatten(0, (len(captions), -1)),
-        "null_text": encode([""])[0],
-    }
-    save_file(cache, config.work / "cache.new")
-    (config.work / "cache.new").rename(config.work / "cache.safetensors")
+    states = []
+    with Progress("captions", len(texts)) as progress:
+        for start in range(0, len(texts), 128):
+            states.append(encode(texts[start : start + 128]))
+            progress.update(start + len(states[-1]))
+    return {"texts": torch.cat(states).unflatten(0, (len(captions), -1)), "null_text": encode([""])[0]}
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    scratch = path.with_suffix(".new")
+    save_file(tensors, scratch)
+    scratch.rename(path)
 
 
 def write_pipeline(config: TeacherConfig, vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
