@@ -1,0 +1,159 @@
+"""What a Serve config file says under `args:`. Ray Serve validates it against `ServeArgs`; unknown keys fail.
+
+Ray's own `AutoscalingConfig` ignores keys that it does not know, hence a schema of ours for all of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from aptp_platform.config import StorageConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
+                known = ", ".join(cls.model_fields)
+                raise ValueError(f"{key}: unknown key; did you mean {near[0]}? Known: {known}")
+        return data
+
+
+class ScalingArgs(_Section):
+    """How many replicas of one deployment, and how fast that changes."""
+
+    min_replicas: int = Field(default=1, ge=0, description="0 lets it scale to zero when nobody asks for it")
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: float | None = Field(
+        default=None, gt=0, description="requests a replica should have; unset: a full batch"
+    )
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    downscale_delay_s: float = Field(default=60.0, ge=0)
+    look_back_period_s: float = Field(default=10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> ScalingArgs:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} must not be above max_replicas {self.max_replicas}: raise the latter"
+            )
+        return self
+
+    def to_ray(self, target: float) -> dict[str, Any]:
+        """Keywords of Ray's `AutoscalingConfig`; `target` where the config names none."""
+        return {**self.model_dump(), "target_ongoing_requests": self.target_ongoing_requests or target}
+
+
+class ExpertArgs(_Section):
+    """One expert's deployment, or the teacher's."""
+
+    num_cpus: float = Field(default=1.0, gt=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_threads: int | None = Field(default=None, ge=1, description="torch threads; unset: num_cpus, at least 1")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_batch_size: int = Field(default=8, ge=1, description="samples denoised together")
+    max_waiting: int = Field(default=8, ge=0, description="requests a replica holds ready to join the batch")
+    max_queued_requests: int = Field(default=64, ge=1, description="more that wait for a replica get a 429")
+    scaling: ScalingArgs = ScalingArgs()
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.num_gpus else "cpu"
+
+
+class RouterArgs(_Section):
+    """The deployment that encodes prompts and picks their model."""
+
+    num_cpus: float = Field(default=1.0, gt=0)
+    num_threads: int | None = Field(default=None, ge=1)
+    max_batch_size: int = Field(default=32, ge=1, description="prompts encoded together")
+    batch_wait_s: float = Field(default=0.002, ge=0)
+    attempts: int = Field(default=3, ge=1, description="runs of an order whose replicas die")
+    scaling: ScalingArgs = ScalingArgs(target_ongoing_requests=64)
+
+
+class IngressArgs(_Section):
+    """The deployment that speaks HTTP."""
+
+    num_cpus: float = Field(default=0.5, gt=0)
+    max_body_bytes: int = Field(default=262_144, ge=1024)
+    body_timeout_s: float = Field(default=10.0, gt=0, description="a slower request body gets a 408")
+    heartbeat_s: float = Field(default=15.0, gt=0, description="a quiet stream sends a comment this often, for proxies")
+    scaling: ScalingArgs = ScalingArgs(target_ongoing_requests=64)
+
+
+class ImageArgs(_Section):
+    """Defaults and limits of what one request may ask for."""
+
+    num_inference_steps: int = Field(default=25, ge=1)
+    max_inference_steps: int = Field(default=100, ge=1, le=999)
+    guidance_scale: float = Field(default=7.5, ge=0)
+    max_guidance_scale: float = Field(default=30.0, ge=1)
+    max_images: int = Field(default=10, ge=1, le=10)
+    max_prompt_chars: int = Field(default=4000, ge=1)
+    sizes: tuple[str, ...] = Field(default=(), description='"WxH", besides the release\'s own')
+
+    @model_validator(mode="after")
+    def _check(self) -> ImageArgs:
+        if self.num_inference_steps > self.max_inference_steps:
+            raise ValueError(
+                f"num_inference_steps {self.num_inference_steps} must not be above "
+                f"max_inference_steps {self.max_inference_steps}"
+            )
+        return self
+
+
+class ServeArgs(_Section):
+    """A release and how it is served.
+
+    `experts` holds for every code; `codes` says what differs for single ones, by index: `{3: {max_batch_size: 16}}`.
+    `teacher` serves the full model too, where the release carries it: `true`, `false` or an expert's settings.
+    """
+
+    release: str = Field(min_length=1, description="a path, file:// or s3:// URI of a release folder")
+    storage: StorageConfig = StorageConfig()
+    cache: str | None = Field(
+        default=None, description="where a node keeps what it fetched; unset: in the temporary folder"
+    )
+    experts: ExpertArgs = ExpertArgs()
+    codes: dict[int, dict[str, Any]] = {}
+    teacher: bool | ExpertArgs = False
+    router: RouterArgs = RouterArgs()
+    ingress: IngressArgs = IngressArgs()
+    images: ImageArgs = ImageArgs()
+    drain_s: float = Field(default=120.0, gt=0, description="what a leaving replica has to finish its images")
+
+    @model_validator(mode="after")
+    def _check_codes(self) -> ServeArgs:
+        for index in self.codes:
+            if index < 0:
+                raise ValueError(f"codes: {index}: must be a code's index, 0 or more")
+            self.expert(index)
+        return self
+
+    def expert(self, index: int) -> ExpertArgs:
+        """The settings of one code: `experts`, with what `codes` says of it laid over."""
+        return ExpertArgs.model_validate(_laid_over(self.experts.model_dump(), self.codes.get(index, {})))
+
+    @property
+    def teacher_args(self) -> ExpertArgs | None:
+        """The teacher's settings, or None if it is not to be served."""
+        if isinstance(self.teacher, ExpertArgs):
+            return self.teacher
+        return self.experts if self.teacher else None
+
+
+def _laid_over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        inner = merged.get(key)
+        merged[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,232 @@
+"""The engine of an expert: a request joins at the next denoising step and leaves when its image is done or unwanted."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from aptp_platform.serve.denoising import Denoiser, Sample, SampleSpec
+
+_SMOOTHING: Final = 0.2  # weight of the newest cycle in the mean cycle time
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An image of the engine. preview: its number among the unfinished ones, None for the finished image."""
+
+    pixels: UInt8[Tensor, "height width 3"]
+    queue_ms: float
+    denoise_ms: float
+    preview: int | None = None
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One turn of the engine, as it is told to an observer."""
+
+    batch_size: int
+    waiting: int
+    seconds: float
+
+
+class EngineFullError(RuntimeError):
+    """Nobody more may wait; retry_after_s is when the queue should have drained."""
+
+    def __init__(self, waiting: int, retry_after_s: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+class Ticket:
+    """A place in the engine, held while its `with` block lasts; leaving early is a cancellation."""
+
+    def __init__(self, spec: SampleSpec) -> None:
+        self.spec = spec
+        self.sample: Sample | None = None  # None while it waits
+        self.outbox: asyncio.Queue[Rendered | Exception] = asyncio.Queue()
+        self.arrived = time.monotonic()
+        self.started = 0.0
+        self.unwanted = False
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unwanted = True
+
+    @property
+    def steps_left(self) -> int:
+        return self.spec.num_inference_steps if self.sample is None else self.sample.steps_left
+
+    async def images(self) -> AsyncIterator[Rendered]:
+        """The previews that the spec wants, then the finished image."""
+        while True:
+            item = await self.outbox.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            if item.preview is None:
+                return
+
+    def deliver(self, pixels: Tensor, preview: int | None) -> None:
+        queue_s, denoise_s = self.started - self.arrived, time.monotonic() - self.started
+        self.outbox.put_nowait(Rendered(pixels, 1e3 * queue_s, 1e3 * denoise_s, preview))
+
+
+class StepEngine:
+    """Runs a `Denoiser` on a thread of its own for as many requests at once as fit; the event loop never blocks.
+
+    An image does not depend on who shared the batch, beyond the rounding of a larger matrix product.
+
+    Args:
+        max_batch_size: samples that are denoised together.
+        max_waiting: requests that may wait for a place; one more raises `EngineFullError`.
+        observe: called after every cycle, on the event loop.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        max_batch_size: int,
+        max_waiting: int,
+        observe: Callable[[Cycle], None] | None = None,
+    ) -> None:
+        if max_batch_size < 1 or max_waiting < 0:
+            raise ValueError(
+                f"max_batch_size {max_batch_size} must be at least 1, max_waiting {max_waiting} at least 0"
+            )
+        self._denoiser, self._observe = denoiser, observe
+        self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
+        self._waiting: deque[Ticket] = deque()
+        self._running: list[Ticket] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
+        self._wake = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+        self.cycle_s = 0.0  # mean seconds of a cycle; 0 before the first
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds until everything that is here now should be done."""
+        steps = sum(ticket.steps_left for ticket in (*self._running, *self._waiting))
+        return math.ceil(steps / self._max_batch_size) * self.cycle_s
+
+    def check(self) -> None:
+        """Raises what ended the engine, if something did."""
+        if self._loop is not None and self._loop.done():
+            self._loop.result()
+            raise RuntimeError("the engine was closed")
+
+    def submit(self, spec: SampleSpec) -> Ticket:
+        """Takes a place now: `with engine.submit(spec) as ticket: async for image in ticket.images(): ...`
+
+        Raises:
+            EngineFullError: nobody more may wait.
+        """
+        self._drop_unwanted()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop().create_task(self._run())
+        self.check()
+        if len(self._waiting) >= self._max_waiting + self._max_batch_size - len(self._running):
+            raise EngineFullError(len(self._waiting), self.drain_s)
+        ticket = Ticket(spec)
+        self._waiting.append(ticket)
+        self._wake.set()
+        return ticket
+
+    async def generate(self, spec: SampleSpec) -> Rendered:
+        """The finished image of one spec; cancelling the call takes it out of the batch at the next step."""
+        with self.submit(spec) as ticket:
+            return [image async for image in ticket.images()][-1]
+
+    async def close(self) -> None:
+        """Ends the engine; whoever still waits is told."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+        _fail((*self._running, *self._waiting), RuntimeError("the engine was closed"))
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._drop_unwanted()
+            while self._waiting and len(self._running) < self._max_batch_size:
+                self._running.append(self._waiting.popleft())
+            if not self._running:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            started = time.monotonic()
+            tickets = list(self._running)
+            try:
+                for ticket, error in await loop.run_in_executor(self._thread, self._admit, tickets, started):
+                    _fail((ticket,), error)
+                    tickets.remove(ticket)
+                    self._running.remove(ticket)
+                due = await loop.run_in_executor(self._thread, self._step, tickets)
+            except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
+                _fail(tickets, fault)
+                self._running.clear()
+                continue
+            for ticket, preview, pixels in due:
+                ticket.deliver(pixels, preview)
+            self._running = [ticket for ticket in self._running if ticket.steps_left]
+            self._account(len(tickets), time.monotonic() - started)
+
+    def _admit(self, tickets: list[Ticket], now: float) -> list[tuple[Ticket, Exception]]:
+        """Starts the newcomers; those that cannot be started, and why."""
+        failed: list[tuple[Ticket, Exception]] = []
+        newcomers = [ticket for ticket in tickets if ticket.sample is None]
+        if newcomers:
+            samples = self._denoiser.admit([ticket.spec for ticket in newcomers])
+            for ticket, sample in zip(newcomers, samples, strict=True):
+                if isinstance(sample, Exception):
+                    failed.append((ticket, sample))
+                else:
+                    ticket.sample, ticket.started = sample, now
+        return failed
+
+    def _step(self, tickets: list[Ticket]) -> list[tuple[Ticket, int | None, Tensor]]:
+        """One step for all; the pixels of those that are finished or due for a preview."""
+        alive = [(ticket, ticket.sample) for ticket in tickets if ticket.sample is not None]
+        self._denoiser.step([sample for _, sample in alive])
+        due = []
+        for ticket, sample in alive:
+            preview = sample.take_preview()
+            if preview is not None or not sample.steps_left:
+                due.append((ticket, sample, preview))
+        pixels = self._denoiser.decode([sample for _, sample, _ in due])
+        return [(ticket, preview, image) for (ticket, _, preview), image in zip(due, pixels, strict=True)]
+
+    def _account(self, batch_size: int, seconds: float) -> None:
+        self.cycle_s += (_SMOOTHING if self.cycle_s else 1.0) * (seconds - self.cycle_s)
+        if self._observe is not None:
+            self._observe(Cycle(batch_size, len(self._waiting), seconds))
+
+    def _drop_unwanted(self) -> None:
+        self._running = [ticket for ticket in self._running if not ticket.unwanted]
+        if any(ticket.unwanted for ticket in self._waiting):
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket.unwanted)
+
+
+def _fail(tickets: Iterable[Ticket], error: Exception) -> None:
+    for ticket in tickets:
+        ticket.outbox.put_nowait(error)

@@ -1,0 +1,113 @@
+"""The deployment of one model: a cut UNet, or the teacher, behind its own step engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import torch
+from aptp.expert import load_expert
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from aptp.release import Release
+from aptp_platform.serve.args import ExpertArgs
+from aptp_platform.serve.batching import EngineFullError, Rendered, StepEngine, Ticket
+from aptp_platform.serve.denoising import Denoiser, Sample, SampleSpec
+from aptp_platform.serve.images import encode_image
+from aptp_platform.serve.orders import TEACHER, Accepted, Catalog, Order, Picture, Refusal
+from aptp_platform.serve.released import ReleaseSource
+
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Expert:
+    """Images of one model. A replica that is asked again for an order makes the same image again."""
+
+    def __init__(self, source: ReleaseSource, catalog: Catalog, model: str, args: ExpertArgs) -> None:
+        torch.set_num_threads(args.num_threads or max(1, int(args.num_cpus)))
+        self._catalog, self._model = catalog, model
+        index = None if model == TEACHER else [code.name for code in catalog.codes].index(model)
+        self._denoiser = load_denoiser(source.for_model(model), index, device=args.device, dtype=_DTYPES[args.dtype])
+        self._warm_up()
+        self._engine = StepEngine(self._denoiser, max_batch_size=args.max_batch_size, max_waiting=args.max_waiting)
+
+    async def generate(self, order: Order, seed: int) -> Picture:
+        """The order's image for one of its seeds.
+
+        Raises:
+            Refusal: 429 when too many wait already.
+        """
+        with self._submit(order, seed, num_previews=0) as ticket:
+            images = [image async for image in ticket.images()]
+        return await asyncio.to_thread(self._picture, order, seed, images[-1])
+
+    async def stream(self, order: Order, seed: int) -> AsyncIterator[Accepted | Picture]:
+        """`Accepted` at once, then the previews that the order wants, then the image."""
+        with self._submit(order, seed, num_previews=order.num_previews) as ticket:
+            yield Accepted()
+            async for image in ticket.images():
+                yield await asyncio.to_thread(self._picture, order, seed, image)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica whose engine has ended."""
+        self._engine.check()
+
+    def _warm_up(self) -> None:
+        """The first step of a process is slow; no request should be the one to find out."""
+        spec = SampleSpec("", seed=0, num_inference_steps=1, guidance_scale=2.0, size=self._catalog.size)
+        samples = [sample for sample in self._denoiser.admit([spec]) if isinstance(sample, Sample)]
+        self._denoiser.step(samples)
+        self._denoiser.decode(samples)
+
+    def _submit(self, order: Order, seed: int, num_previews: int) -> Ticket:
+        spec = SampleSpec(
+            prompt=order.prompt,
+            seed=seed,
+            num_inference_steps=order.num_inference_steps,
+            guidance_scale=order.guidance_scale,
+            size=order.size,
+            negative_prompt=order.negative_prompt,
+            num_previews=num_previews,
+        )
+        try:
+            return self._engine.submit(spec)
+        except EngineFullError as full:
+            message = f"{self._model} has no room; try again later."
+            raise Refusal(
+                429, message, code="rate_limit_exceeded", retry_after_s=max(full.retry_after_s, 1.0)
+            ) from None
+
+    def _picture(self, order: Order, seed: int, image: Rendered) -> Picture:
+        facts = {
+            "seed": str(seed),
+            "code": self._model,
+            "release": self._catalog.release,
+            "num_inference_steps": str(order.num_inference_steps),
+            "guidance_scale": f"{order.guidance_scale:g}",
+        }
+        return Picture(
+            data=encode_image(image.pixels, order.output_format, compression=order.compression, facts=facts),
+            seed=seed,
+            num_text_tokens=self._denoiser.count_tokens(order.prompt),
+            queue_ms=image.queue_ms,
+            denoise_ms=image.denoise_ms,
+            preview=image.preview,
+        )
+
+
+def load_denoiser(release: Release, index: int | None, *, device: str, dtype: torch.dtype) -> Denoiser:
+    """A code's expert, or for None the teacher, among the frozen parts of the release's pipeline."""
+    unet: Any
+    if index is None:
+        unet = UNet2DConditionModel.from_pretrained(release.teacher_path, use_safetensors=True)
+    else:
+        unet = load_expert(release.expert_path(index))
+    parts = StableDiffusionPipeline.from_pretrained(
+        release.pipeline_path,
+        unet=unet.eval().requires_grad_(False),
+        safety_checker=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
+    ).to(device, dtype)
+    return Denoiser(parts.unet, parts.vae, parts.tokenizer, parts.text_encoder, parts.scheduler)

@@ -1,0 +1,140 @@
+"""What crosses the server's processes: an order goes down, a choice and pictures come up, a refusal ends it early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+Reason = Literal["routed", "asked", "budget", "deadline", "overflow"]
+AUTO = "auto"  # the model name that lets the router choose
+TEACHER = "teacher"
+
+
+def code_name(index: int) -> str:
+    """The model name of a code: `code-00`, `code-01`, ..."""
+    return f"code-{index:02d}"
+
+
+@dataclass(frozen=True)
+class Order:
+    """Images that somebody asked for, complete: whoever runs it again gets the same images.
+
+    seeds: one an image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None.
+    compression: quality of jpeg and webp, 0..100. num_previews: unfinished pictures wanted on the way.
+    """
+
+    prompt: str
+    seeds: tuple[int, ...]
+    num_inference_steps: int
+    guidance_scale: float
+    size: tuple[int, int]
+    negative_prompt: str = ""
+    model: str = AUTO
+    budget: float | None = None
+    deadline_ms: float | None = None
+    output_format: OutputFormat = "png"
+    compression: int = 100
+    num_previews: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model an order goes to, and why.
+
+    routed: the code that the router found nearest, even where the order went elsewhere. similarities: the prompt's, to
+    every code. margin: nearest minus second. ratio: the chosen model's share of the teacher's MACs; macs: of one
+    forward pass at the release's resolution. expected_ms: of one image, queue included; None before a model was timed.
+    """
+
+    model: str
+    routed: str
+    reason: Reason
+    similarities: tuple[float, ...]
+    margin: float
+    ratio: float
+    macs: float
+    expected_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image as bytes of a file. preview: its number among the unfinished ones, None for the finished image."""
+
+    data: bytes
+    seed: int
+    num_text_tokens: int
+    queue_ms: float
+    denoise_ms: float
+    preview: int | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The first thing that an expert says to a streamed order: it has a place."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a release says of a model. share: of the training prompts; None for the teacher."""
+
+    name: str
+    ratio: float
+    macs: float
+    params: int
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The release that is served.
+
+    release: its identity, from the hash of release.json. size: native (width, height) in pixels. models: the codes in
+    the router's order, then the teacher if it is served.
+    """
+
+    release: str
+    size: tuple[int, int]
+    models: tuple[ModelFacts, ...]
+
+    @property
+    def codes(self) -> tuple[ModelFacts, ...]:
+        return tuple(model for model in self.models if model.name != TEACHER)
+
+    def find(self, name: str) -> ModelFacts:
+        return next(model for model in self.models if model.name == name)
+
+
+@dataclass(frozen=True)
+class ModelLoad:
+    """A model as a router sees it now. running: images ordered and not there yet. step_ms: of one denoising step of an
+    image, in the company that it had; None before the first."""
+
+    running: int = 0
+    step_ms: float | None = None
+
+
+class Refusal(Exception):  # noqa: N818 - a refusal is an answer, not a failure
+    """An order that gets no image, as an HTTP client is told: the one error that crosses the server's processes."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        retry: bool | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after_s, self.retry = retry_after_s, retry
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = {"code": self.code, "param": self.param, "retry_after_s": self.retry_after_s, "retry": self.retry}
+        return _refusal, (self.status, self.message, options)
+
+
+def _refusal(status: int, message: str, options: dict[str, Any]) -> Refusal:
+    return Refusal(status, message, **options)

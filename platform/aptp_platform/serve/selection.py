@@ -1,0 +1,104 @@
+"""Which model an order goes to: a pure decision over the router's similarities, the release's facts and the load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from aptp_platform.serve.orders import AUTO, TEACHER, Catalog, Choice, ModelFacts, ModelLoad, Order, Reason, Refusal
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a decision rests on besides the prompt. batch_sizes: images that each model makes at once."""
+
+    catalog: Catalog
+    batch_sizes: Mapping[str, int]
+    loads: Mapping[str, ModelLoad] = field(default_factory=dict)
+
+    def alone_ms(self, order: Order, model: ModelFacts) -> float | None:
+        """Milliseconds to one image without a queue.
+
+        A model that was not timed yet is taken to be as fast for its MACs as those that were; None before any was.
+        """
+        timed = {name: load.step_ms for name, load in self.loads.items() if load.step_ms is not None}
+        if not timed:
+            return None
+        rates = [step_ms / self.catalog.find(name).ratio for name, step_ms in timed.items()]
+        step_ms = timed.get(model.name, model.ratio * sum(rates) / len(rates))
+        return order.num_inference_steps * step_ms
+
+    def expected_ms(self, order: Order, model: ModelFacts) -> float | None:
+        """Milliseconds to one image with the full batches that are before it."""
+        alone = self.alone_ms(order, model)
+        if alone is None:
+            return None
+        return alone * (1 + self.loads.get(model.name, ModelLoad()).running // self.batch_sizes[model.name])
+
+
+def choose(order: Order, similarities: Sequence[float], situation: Situation) -> Choice:
+    """The model of an order.
+
+    A model that was asked for is taken, if it fits. Under a budget or a deadline it is the largest model that fits, of
+    equally large ones the nearest to the prompt. Else it is the nearest code.
+
+    Args:
+        similarities: the prompt's, to each code in the catalog's order.
+
+    Raises:
+        Refusal: 422 when no model can fit, with the cheapest offer; 429 when one could if its queue were shorter.
+    """
+    catalog = situation.catalog
+    ranked = sorted(similarities, reverse=True)
+    routed = catalog.codes[list(similarities).index(ranked[0])]
+    candidates = catalog.models if order.model == AUTO else (catalog.find(order.model),)
+    reason: Reason = "routed" if order.model == AUTO else "asked"
+    chosen = routed if order.model == AUTO else candidates[0]
+    if order.budget is not None or order.deadline_ms is not None:
+        fitting = _within_deadline(order, _within_budget(order, candidates), situation)
+        nearness = {code.name: value for code, value in zip(catalog.codes, similarities, strict=True)}
+        chosen = max(fitting, key=lambda model: (round(model.ratio, 2), nearness.get(model.name, ranked[0])))
+        if order.model == AUTO:
+            reason = "budget" if order.deadline_ms is None else "deadline"
+    return Choice(
+        model=chosen.name,
+        routed=routed.name,
+        reason=reason,
+        similarities=tuple(similarities),
+        margin=ranked[0] - ranked[1] if len(ranked) > 1 else 0.0,
+        ratio=chosen.ratio,
+        macs=chosen.macs,
+        expected_ms=situation.expected_ms(order, chosen),
+    )
+
+
+def _within_budget(order: Order, candidates: Sequence[ModelFacts]) -> Sequence[ModelFacts]:
+    if order.budget is None:
+        return candidates
+    fitting = [model for model in candidates if model.ratio <= order.budget + 1e-9]
+    if not fitting:
+        cheapest = min(candidates, key=lambda model: model.ratio)
+        message = (
+            f"No model fits 'budget' {order.budget:g}: the cheapest is {cheapest.name} at {cheapest.ratio:.3f} of the "
+            f"{TEACHER}'s MACs."
+        )
+        raise Refusal(422, message, code="budget_infeasible", param="budget", retry=False)
+    return fitting
+
+
+def _within_deadline(order: Order, candidates: Sequence[ModelFacts], situation: Situation) -> Sequence[ModelFacts]:
+    limit = order.deadline_ms
+    if limit is None:
+        return candidates
+    expected = {model.name: situation.expected_ms(order, model) or 0.0 for model in candidates}
+    fitting = [model for model in candidates if expected[model.name] <= limit]
+    if fitting:
+        return fitting
+    soonest = min(candidates, key=lambda model: expected[model.name])
+    wait_ms = expected[soonest.name]
+    message = f"No model meets 'deadline_ms' {limit:g}: the soonest is {soonest.name} in about {wait_ms:.0f} ms."
+    if any((situation.alone_ms(order, model) or 0.0) <= limit for model in candidates):
+        raise Refusal(
+            429, message, code="deadline_infeasible", param="deadline_ms", retry_after_s=(wait_ms - limit) / 1e3
+        )
+    raise Refusal(422, message, code="deadline_infeasible", param="deadline_ms", retry=False)

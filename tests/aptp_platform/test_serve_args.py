@@ -1,0 +1,54 @@
+"""A Serve config file: what differs for one code is laid over what holds for all; unknown keys name the nearest one."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from aptp_platform.serve.args import ServeArgs
+
+
+def parse(**data: Any) -> ServeArgs:
+    return ServeArgs.model_validate({"release": "runs/demo/release", **data})
+
+
+def test_a_code_differs_only_where_it_says_so():
+    args = parse(
+        experts={"num_cpus": 2, "scaling": {"max_replicas": 4, "upscale_delay_s": 1}},
+        codes={3: {"max_batch_size": 16, "scaling": {"min_replicas": 0}}},
+    )
+    assert args.expert(0) == args.experts
+    special = args.expert(3)
+    assert (special.num_cpus, special.max_batch_size) == (2, 16)
+    assert (special.scaling.min_replicas, special.scaling.max_replicas, special.scaling.upscale_delay_s) == (0, 4, 1)
+
+
+def test_the_teacher_takes_the_experts_settings_or_its_own():
+    assert parse().teacher_args is None
+    assert parse(teacher=True, experts={"num_cpus": 3}).teacher_args.num_cpus == 3
+    assert parse(teacher={"num_gpus": 1}).teacher_args.device == "cuda"
+
+
+def test_a_full_batch_is_the_target_of_scaling_unless_the_config_names_one():
+    assert parse(experts={"max_batch_size": 6}).experts.scaling.to_ray(6)["target_ongoing_requests"] == 6
+    named = parse(experts={"scaling": {"target_ongoing_requests": 2.5}})
+    assert named.experts.scaling.to_ray(6)["target_ongoing_requests"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({"expert": {}}, "expert: unknown key; did you mean experts"),
+        ({"experts": {"max_batch": 4}}, "max_batch: unknown key; did you mean max_batch_size"),
+        ({"codes": {1: {"scaling": {"max_replica": 2}}}}, "max_replica: unknown key; did you mean max_replicas"),
+        ({"codes": {-1: {}}}, "-1"),
+        ({"experts": {"scaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas 3"),
+        ({"experts": {"max_batch_size": 0}}, "max_batch_size"),
+        ({"images": {"num_inference_steps": 80, "max_inference_steps": 50}}, "num_inference_steps 80"),
+        ({"storage": {"endpoint": 3}}, "endpoint"),
+        ({"release": ""}, "release"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_name(data: dict[str, Any], named: str):
+    with pytest.raises(ValidationError, match=named):
+        parse(**data)
