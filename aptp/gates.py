@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from aptp.backbones import backbone_of
 from aptp.codes import PruningSpace, Site
-from aptp.sites import backbone_of, check_space, identity
+from aptp.sites import check_space, identity
 
 
 class _Values(NamedTuple):

@@ -1,23 +1,21 @@
 """Reads what can be pruned from an unmodified diffusers model: nothing about a particular network is written down.
 
-Three small tables say which module class offers what (`WIDTH_OFFERS`, `DEPTH_OFFERS`) and how the layers of a backbone
-follow each other (`BACKBONES`). Another backbone is one more entry.
+Two small tables say which module class offers what: `WIDTH_OFFERS` and `DEPTH_OFFERS`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from aptp.backbones import backbone_of
 from aptp.codes import DepthKind, PruningSpace, Site, WidthKind
 
 CUTTABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, nn.GroupNorm)
@@ -65,110 +63,6 @@ DEPTH_OFFERS: Mapping[type[nn.Module], DepthKind] = {
     Transformer2DModel: "transformer",
     BasicTransformerBlock: "block",
 }
-
-
-class Layer(NamedTuple):
-    """A layer of a backbone: its path, the stage it lies in, the channels of the stream that enters it when that stream
-    is as wide as the one that leaves it (else 0), and whether it is the last of its sort in an outer stage."""
-
-    path: str
-    stage: int
-    identity_channels: int
-    last: bool
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """How one model class is built: paths of its stages, its layers in the order of the architecture vector, and
-    inputs (batch 1, on the model's device) for latents of (height, width) and a number of text tokens."""
-
-    stages: Callable[[Any], list[str]]
-    layers: Callable[[Any], Iterator[Layer]]
-    example_inputs: Callable[[Any, tuple[int, int], int], dict[str, Any]]
-
-
-def _unet_stages(unet: Any) -> list[str]:
-    middle = [] if unet.mid_block is None else ["mid_block"]
-    down = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
-    return down + middle + [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
-
-
-def _unet_layers(unet: Any) -> Iterator[Layer]:
-    stream = unet.conv_in.out_channels
-    for stage, path in enumerate(_unet_stages(unet)):
-        block = unet.get_submodule(path)
-        for i, resnet in enumerate(block.resnets):
-            # An up block's resnet sees cat(stream, skip); only the stream could pass it by.
-            resized = getattr(resnet, "up", False) or getattr(resnet, "down", False)
-            identity = stream if resnet.out_channels == stream and not resized else 0
-            yield Layer(f"{path}.resnets.{i}", stage, identity, path != "mid_block" and i == len(block.resnets) - 1)
-            stream = resnet.out_channels
-        attentions = getattr(block, "attentions", ())
-        for i, attention in enumerate(attentions):
-            if attention is not None:
-                last = path != "mid_block" and i == len(attentions) - 1
-                yield Layer(f"{path}.attentions.{i}", stage, stream, last)
-
-
-def _unet_inputs(unet: Any, latent_size: tuple[int, int], num_text_tokens: int) -> dict[str, Any]:
-    config, like = unet.config, unet.conv_in.weight
-    inputs: dict[str, Any] = {
-        "sample": like.new_zeros(1, config.in_channels, *latent_size),
-        "timestep": torch.zeros(1, dtype=torch.long, device=like.device),
-        "encoder_hidden_states": like.new_zeros(1, num_text_tokens, _text_width(config)),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": like.new_zeros(1, pooled), "time_ids": like.new_zeros(1, 6)}
-    elif config.addition_embed_type is not None:
-        raise ValueError(
-            f"addition_embed_type {config.addition_embed_type!r} is not supported: only None and 'text_time' (SDXL) are"
-        )
-    return inputs
-
-
-def _text_width(config: Any) -> int:
-    width = config.encoder_hid_dim or config.cross_attention_dim
-    return width if isinstance(width, int) else width[0]
-
-
-def _pixart_stages(model: Any) -> list[str]:
-    return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
-
-
-def _pixart_layers(model: Any) -> Iterator[Layer]:
-    for stage, path in enumerate(_pixart_stages(model)):
-        yield Layer(path, stage, model.inner_dim, last=True)
-
-
-def _pixart_inputs(model: Any, latent_size: tuple[int, int], num_text_tokens: int) -> dict[str, Any]:
-    config, like = model.config, model.proj_out.weight
-    text_width = config.caption_channels or config.cross_attention_dim
-    inputs: dict[str, Any] = {
-        "hidden_states": like.new_zeros(1, config.in_channels, *latent_size),
-        "timestep": torch.zeros(1, dtype=torch.long, device=like.device),
-        "encoder_hidden_states": like.new_zeros(1, num_text_tokens, text_width),
-    }
-    if model.use_additional_conditions:
-        inputs["added_cond_kwargs"] = {"resolution": like.new_ones(1, 2), "aspect_ratio": like.new_ones(1, 1)}
-    return inputs
-
-
-BACKBONES: Mapping[type[nn.Module], Backbone] = {
-    UNet2DConditionModel: Backbone(_unet_stages, _unet_layers, _unet_inputs),
-    PixArtTransformer2DModel: Backbone(_pixart_stages, _pixart_layers, _pixart_inputs),
-}
-
-
-def backbone_of(model: nn.Module) -> Backbone:
-    """The table entry of a model, or ValueError with the classes that have one."""
-    if type(model) not in BACKBONES:
-        known = ", ".join(cls.__name__ for cls in BACKBONES)
-        raise ValueError(
-            f"{type(model).__name__} is not a supported backbone ({known}): pass the bare model "
-            "(not a compiled or distributed wrapper), or add an entry to aptp.sites.BACKBONES"
-        )
-    return BACKBONES[type(model)]
 
 
 @dataclass(frozen=True)
@@ -309,7 +203,7 @@ def check_space(model: nn.Module, space: PruningSpace) -> None:
                 "the space was read from another model; read it from this one with read_space"
             )
     for site in space.depth:
-        if DEPTH_OFFERS.get(type(modules.get(site.name))) != site.kind:
+        if site.name not in modules or DEPTH_OFFERS.get(type(modules[site.name])) != site.kind:
             raise ValueError(
                 f"depth site {site.name!r} is no {site.kind} of this model: "
                 "the space was read from another model; read it from this one with read_space"

@@ -9,6 +9,8 @@ import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from aptp.codes import ArchitectureCode, PruningSpace
+
 UNET = {
     "sample_size": 8,
     "block_out_channels": (32, 64),
@@ -97,6 +99,9 @@ def pixart(seed: int = 0, **config: Any) -> Any:
     return _build(PixArtTransformer2DModel, PIXART | config, seed)
 
 
+MODELS = {"unet": unet, "sdxl": sdxl, "pixart": pixart}
+
+
 def on_meta(cls: Any = UNet2DConditionModel, **config: Any) -> Any:
     """A model of any size without memory."""
     with torch.device("meta"):
@@ -121,3 +126,16 @@ def inputs(model: Any, batch: int = 2, size: int = 8, tokens: int = 5, seed: int
             "time_ids": torch.rand(batch, 6, generator=noise),
         }
     return given
+
+
+def random_code(space: PruningSpace, kind: str = "all", seed: int = 0) -> ArchitectureCode:
+    """Drops about half of the units of one kind of site, or of all kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.ones(len(space), dtype=torch.bool)
+    for site in space.sites:
+        if kind in ("all", site.kind):
+            drawn = torch.rand(site.units, generator=generator) < 0.5
+            if site in space.width:
+                drawn[torch.randint(site.units, (1,), generator=generator)] = True
+            bits[space.slice_of(site.name)] = drawn
+    return ArchitectureCode(space, bits)

@@ -14,12 +14,10 @@ from aptp.codes import ArchitectureCode
 from aptp.gates import block_features, gated
 from aptp.sites import read_space
 
-MODELS = {"unet": tiny.unet, "sdxl": tiny.sdxl, "pixart": tiny.pixart}
 
-
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=tiny.MODELS)
 def model(request):
-    return MODELS[request.param]()
+    return tiny.MODELS[request.param]()
 
 
 def run(model, **inputs):
