@@ -18,8 +18,10 @@ from aptp.sites import offer_of, producers_of
 
 @torch.no_grad()
 def unit_magnitudes(unet: nn.Module, space: PruningSpace) -> Float[Tensor, " width"]:
-    """The 2-norm of all weights that go when a unit goes, over the mean of its site (a group's magnitude as in DepGraph,
-    Fang et al. 2023, arXiv 2301.12900)."""
+    """The 2-norm of all weights that go when a unit goes, over the mean of its site.
+
+    That is a group's magnitude as in DepGraph (Fang et al. 2023, arXiv 2301.12900).
+    """
     scores = []
     for site in space.width:
         offer = offer_of(site)
@@ -112,5 +114,5 @@ def block_removal_code(unet: nn.Module, space: PruningSpace, table: CostTable, b
 
 
 def random_routing(indices: Int[Tensor, " prompt"], *, generator: torch.Generator) -> Int[Tensor, " prompt"]:
-    """The learned routes dealt anew among the prompts: every code keeps its number of prompts, and only the match goes."""
+    """The learned routes dealt anew among the prompts: every code keeps its number of prompts, only the match goes."""
     return indices[torch.randperm(len(indices), generator=generator).to(indices.device)]

@@ -63,8 +63,8 @@ def encode_images(
 def encode_texts(tokenizer: Any, text_encoder: Any, captions: Sequence[str]) -> Float[Tensor, "batch token text"]:
     """Captions to text states, as `StableDiffusionPipeline.encode_prompt` computes them; "" is the null prompt.
 
-    Every caption is padded or truncated to the tokenizer's `model_max_length`. The attention mask is used only where the
-    text encoder's config says `use_attention_mask`, as in the pipeline.
+    Every caption is padded or truncated to the tokenizer's `model_max_length`. The attention mask is used only where
+    the text encoder's config says `use_attention_mask`, as in the pipeline.
     """
     if not captions:
         raise ValueError("encode_texts needs at least one caption, it was given none")

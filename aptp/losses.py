@@ -85,7 +85,7 @@ class NoiseSchedule(nn.Module):
         return a * noise - s * latents
 
     def min_snr_weight(self, timesteps: Int[Tensor, " batch"], gamma: float) -> Float[Tensor, " batch"]:
-        """Min-SNR weights (Hang et al. 2023, arXiv 2303.09556): min(snr, g)/snr for epsilon, min(snr, g) for the sample.
+        """Min-SNR weights (Hang et al. 2023, arXiv 2303.09556): min(snr, g)/snr for epsilon, min(snr, g) for x.
 
         For v the form is min(snr + 1, g)/(snr + 1), the one that diffusers' and the official trainer use: unlike
         min(snr, g)/(snr + 1) it does not silence the noisiest timesteps.
@@ -109,7 +109,7 @@ def sample_noise(
 
 
 def per_sample_error(
-    prediction: Float[Tensor, "batch *axes"], target: Float[Tensor, "batch *axes"]
+    prediction: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, " batch"]:
     """The mean squared error of each row, in fp32."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
@@ -194,10 +194,9 @@ def contrastive_loss(
 def pull_loss(
     similarity: Float[Tensor, "batch code"], assigned: Int[Tensor, " batch"], *, temperature: float = 0.1
 ) -> Float[Tensor, ""]:
-    """The predictor is pulled to the code that the transport gave its prompt: cross-entropy of softmax(C / tau), in
-    units of ln K.
+    """Pulls the predictor to the code that the transport gave its prompt: cross-entropy of softmax(C / tau), over ln K.
 
-    Without it (the official code) training assigns by transport and inference by cosine, and nothing makes the two agree.
+    Without it (the official code) training assigns by transport, inference by cosine, and nothing makes them agree.
     """
     codes = similarity.shape[1]
     if codes < 2:

@@ -76,7 +76,7 @@ def maximum_mean_discrepancy(
 ) -> float:
     """Unbiased squared MMD with a Gaussian kernel of unit-norm features, times `scale` (CMMD: arXiv 2401.09603).
 
-    Being unbiased it may be slightly negative, and it is usable with a few hundred images, where the Frechet distance is not.
+    Being unbiased it may be slightly negative. A few hundred images suffice, unlike for the Frechet distance.
     """
     if len(ours) < 2 or len(theirs) < 2:
         raise ValueError(f"the unbiased MMD needs 2 rows on each side, it was given {len(ours)} and {len(theirs)}")

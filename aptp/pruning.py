@@ -57,6 +57,8 @@ class PruningConfig:
     pull_weight: 0 in the official code, where nothing makes inference agree with the transport.
     assignment_noise: the official code assigns by noisy gates; without noise a prompt is trained as it will be routed.
     forward_gates: "soft" samples in the forward pass, or "hard" ones, straight through.
+    transport_epsilon: 0.05 in the paper; similarities of codes of one budget differ by hundredths, so the plan is then
+        nearly flat, and its largest entries starve a code of prompts while its marginals look balanced.
     transport_iterations: 3 in the official code, which does not reach the marginals.
     usage_decay: of the moving average of the codes' usage under inference's rule, which weighs the budget.
     """
@@ -77,7 +79,7 @@ class PruningConfig:
     normalise_features: bool = True
     assignment_noise: bool = False
     forward_gates: Literal["soft", "hard"] = "soft"
-    transport_epsilon: float = 0.05
+    transport_epsilon: float = 0.005
     transport_iterations: int = 100
     usage_decay: float = 0.9
 
@@ -102,6 +104,7 @@ class PruningConfig:
             pull_weight=0.0,
             normalise_features=False,
             assignment_noise=True,
+            transport_epsilon=0.05,
             transport_iterations=3,
         )
 
@@ -128,7 +131,7 @@ class PruningStage(nn.Module):
             raise ValueError("router and space differ: build the router from the space that was read from this UNet")
         if config.budget < table.minimum:
             raise ValueError(
-                f"budget {config.budget} is below {table.minimum:.3f}, the least MACs ratio this space can reach: raise it"
+                f"budget {config.budget} is below {table.minimum:.3f}, the least MACs ratio of this space: raise it"
             )
         self.unet = unet.eval().requires_grad_(False)
         self.space, self.table, self.router, self.config = space, table, router, config
@@ -273,7 +276,7 @@ def calibrate_budget(
     The shift is added to every width logit of codes and predictor alike, which keeps each site's order of units; depth
     moves only if width alone cannot reach the budget. Routes are computed anew for every shift that is tried. With
     `balance` the router's bias becomes the transport's potentials on these prompts: each code then gets about its equal
-    share at inference as in training. A code that nobody uses is an UnusedCodeError; a budget out of reach a ValueError.
+    share at inference as in training. A code that nobody uses is an UnusedCodeError, a budget out of reach ValueError.
     """
     if not table.minimum <= budget <= 1:
         raise ValueError(f"budget must lie in {table.minimum:.3f}..1 (what this space can reach), it is {budget}")
@@ -282,27 +285,24 @@ def calibrate_budget(
         router.shift.copy_(torch.tensor([width, depth]))
         if balance:
             router.bias.zero_()
-            router.bias.copy_(
-                balanced_assignment(router.route_embeddings(embeddings).similarities, epsilon=0.01).potentials
-            )
+            similarities = router.route_embeddings(embeddings).similarities
+            router.bias.copy_(balanced_assignment(similarities, epsilon=0.005, iterations=300).potentials)
         usage = router.route_embeddings(embeddings).usage()
         return float((usage * table.ratio(router.harden(router.gates(router.codes)))).sum())
 
-    def solve(ratio_of: Callable[[float], float]) -> float:
+    def bracket(ratio_of: Callable[[float], float]) -> tuple[float, float]:
         low, high = -30.0, 30.0
-        for _ in range(32):
+        for _ in range(24):
             middle = (low + high) / 2
             low, high = (middle, high) if ratio_of(middle) < budget else (low, middle)
-        return min((low, high), key=lambda shift: abs(ratio_of(shift) - budget))
+        return low, high
 
     width, depth = router.shift.tolist()
     before = ratio_at(width, depth)
     if abs(before / budget - 1) > tolerance / 10:
         if not ratio_at(-30.0, depth) <= budget <= ratio_at(30.0, depth):
-            depth = solve(lambda shift: ratio_at(shift, shift))
-            if not ratio_at(-30.0, depth) <= budget <= ratio_at(30.0, depth):
-                depth = 30.0 if ratio_at(30.0, depth) < budget else depth
-        width = solve(lambda shift: ratio_at(shift, depth))
+            _, depth = bracket(lambda shift: ratio_at(shift, shift))
+        width = min(bracket(lambda shift: ratio_at(shift, depth)), key=lambda w: abs(ratio_at(w, depth) - budget))
     after = ratio_at(width, depth)
     if abs(after / budget - 1) > tolerance:
         raise ValueError(

@@ -3,8 +3,8 @@
     width  y = sigmoid((z + g + b) / T), each entry for itself
     depth  s = softmax(z_d);  x_k = s_0 + ... + s_(n-1-k);  y_(order_k) = sigmoid((logit(x_k) + g + b) / T)
 
-with Gumbel noise g, temperature T and offset b (APTP, Ganjdanesh et al. 2024, section 3; arXiv 2406.12042). The ordered depth gates
-learn the length of a prefix of a fixed order: gate order_0 is kept longest, and since x_0 = 1 it is never dropped.
+with Gumbel noise g, temperature T and offset b (APTP, Ganjdanesh et al. 2024, section 3; arXiv 2406.12042). The ordered
+depth gates learn the length of a prefix of a fixed order: gate order_0 is kept longest, and as x_0 = 1 it never goes.
 All of it is fp32 in the log domain, and noise is an argument: without it the gates are a function of the logits alone.
 """
 
@@ -52,11 +52,12 @@ def depth_gates(
     keep_order: Int[Tensor, " depth"] | None,
     relaxation: Relaxation,
 ) -> Float[Tensor, "batch depth"]:
-    """The depth gates of the module's formula. keep_order[k] is the gate that is the (k+1)-th to be kept; without an order
-    every depth gate stands for itself, as width gates do.
+    """The depth gates of the module's formula; keep_order[k] is the gate of rank k.
 
-    logit(x_k) is the difference of two log-sum-exps, of the logits up to n-1-k and of those beyond, so no probability is
-    ever formed; it is limited to +-13.8 (x = 1 - 1e-6).
+    Without an order every depth gate stands for itself, as width gates do.
+
+    logit(x_k) is the difference of two log-sum-exps, of the logits up to n-1-k and of those beyond, so no probability
+    is ever formed; it is limited to +-13.8 (x = 1 - 1e-6).
     """
     if keep_order is None or logits.shape[1] == 0:
         return width_gates(logits, noise, relaxation)

@@ -1,6 +1,6 @@
 """A release in a local folder: what training publishes and serving reads.
 
-    release.json   schema, base model, K, budget, each code's MACs, ratio, parameters, share and files; how it was trained
+    release.json   schema, base model, K, budget, each code's MACs, ratio, parameters, share; files; how it was trained
     pipeline/      a stock diffusers folder, without its UNet unless the teacher is published too
     router/        predictor, codes and prompt encoder
     experts/00/    a sliced UNet and its code.json
@@ -12,7 +12,6 @@ finds a whole one. A release never changes; a new one is a new path.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -43,7 +42,7 @@ class ReleaseInfo:
     """What a release says of its origin.
 
     base: the base model's name. base_hash: of its UNet's weights. budget: the mean MACs ratio aimed at. latent_size and
-    num_text_tokens: what the MACs were counted for. training: the resolved config, commit and data fingerprint, as JSON.
+    num_text_tokens: what the MACs were counted for. training: resolved config, commit and data fingerprint, as JSON.
     """
 
     base: str
@@ -148,7 +147,7 @@ def write_release(
         partial.write_text(json.dumps(manifest, indent=1, sort_keys=True))
         partial.rename(staging / _MANIFEST)
         staging.chmod(0o755)
-        os.rename(staging, target)  # fails, atomically, where another release appeared meanwhile
+        staging.rename(target)  # fails, atomically, where another release appeared meanwhile
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -158,8 +157,8 @@ def write_release(
 def _check(router: Router, experts: Sequence[Path | str], shares: Sequence[float], pipeline: Path) -> None:
     if not len(experts) == len(shares) == router.num_codes:
         raise ValueError(
-            f"a release needs one expert and one share for each code: {router.num_codes} codes, {len(experts)} experts, "
-            f"{len(shares)} shares"
+            f"a release needs one expert and one share for each code: there are {router.num_codes} codes, "
+            f"{len(experts)} experts and {len(shares)} shares"
         )
     if router.encoder is None:
         raise ValueError("the router has no prompt encoder: a release must be able to route prompts, give it one")

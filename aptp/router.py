@@ -2,10 +2,10 @@
 
     e = predictor(z);   C_bk = <phi(y(e_b)), phi(y(A_k))>;   code of prompt b = argmax_k C_bk + bias_k
 
-with y the gates of `aptp.relax` and phi(y) the soft gates, a width gate times the depth gate above it, every site scaled
-to unit norm when full, normalised to length one (APTP, section 3). Inference has no noise: a route is a function of the
-prompt and the weights, whatever the batch, its order or the seed. `bias` and `shift` are zero (the paper's rule) until
-`aptp.pruning.calibrate_budget` sets them, the one to share prompts out as training did, the other to meet the budget.
+with y the gates of `aptp.relax` and phi(y) the soft gates, a width gate times the depth gate above it, every site
+scaled to unit norm when full, normalised to length one (APTP, section 3). Inference has no noise: a route is a function
+of the prompt and the weights, whatever the batch, its order or the seed. `bias` and `shift` are zero (the paper's rule)
+until `aptp.pruning.calibrate_budget` sets them, one to share prompts out as training did, one to meet the budget.
 """
 
 import json
@@ -37,8 +37,10 @@ class RouterConfig:
     """num_codes K, embedding_dim of the prompt encoder, and how logits start.
 
     initial_logit, initial_spread: logits of codes and predictor start at N(initial_logit, initial_spread^2). The paper
-        starts at 0 with orthonormal rows (spread about 1/sqrt(D)), where a gate's slope is 0.0014 and all codes are equal
-        to rounding: paper() gives that. Starting nearer the threshold (at -offset = -3) is what lets a short run learn.
+        starts at 0 with orthonormal rows (spread about 1/sqrt(D)), where a gate's slope is 0.0014 and all codes are
+        equal to rounding: paper() gives that. Starting nearer the threshold, -offset = -3, lets a short run learn.
+    initial_depth: the start of the logit that stands for "keep all depth" in an ordered space. At the paper's 0 the
+        gates that go first start three quarters open, and a few steps of the budget's pressure close them.
     normalise: the predictor sees z centred and divided by its 1-norm, so that one step of Adam moves its logits at most
         as far as it moves a code's, and one learning rate serves both. The paper feeds z as it is.
     features: "soft", or the paper's "mixed" (hard bits, but soft products under a depth gate).
@@ -48,7 +50,8 @@ class RouterConfig:
     embedding_dim: int = 768
     relaxation: Relaxation = field(default_factory=Relaxation)
     initial_logit: float = -2.0
-    initial_spread: float = 0.5
+    initial_spread: float = 0.2
+    initial_depth: float = 2.0
     normalise: bool = True
     features: Literal["soft", "mixed"] = "soft"
 
@@ -64,7 +67,15 @@ class RouterConfig:
     @classmethod
     def paper(cls, num_codes: int = 16, embedding_dim: int = 768) -> "RouterConfig":
         """The published router's own start and features."""
-        return cls(num_codes, embedding_dim, initial_logit=0.0, initial_spread=0.025, normalise=False, features="mixed")
+        return cls(
+            num_codes,
+            embedding_dim,
+            initial_logit=0.0,
+            initial_spread=0.025,
+            initial_depth=0.0,
+            normalise=False,
+            features="mixed",
+        )
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "RouterConfig":
@@ -73,7 +84,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class Routes:
-    """indices: each prompt's code. similarities: to every code, bias included. margins: best minus second (0 for K=1)."""
+    """indices: each prompt's code. similarities: to every code, with bias. margins: best minus second (0 for K=1)."""
 
     indices: Int[Tensor, " batch"]
     similarities: Float[Tensor, "batch code"]
@@ -177,6 +188,8 @@ class Router(nn.Module):
         start[:width] = config.initial_logit
         if self.keep_order is None:
             start[width:] = config.initial_logit
+        else:
+            start[width : width + 1] = config.initial_depth
         self.codes += start
         self.predictor.linear.bias.copy_(start)
 

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import tiny
+from aptp.codes import ArchitectureCode
+from aptp.finetuning import FinetuningConfig, FinetuningStage
+from aptp.latents import Batch
+from aptp.sites import read_space
+from aptp.slicing import slice_unet
+
+SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+NULL = torch.full((5, 24), 7.0)
+
+
+def a_batch(count: int = 4) -> Batch:
+    noise = torch.Generator().manual_seed(0)
+    return Batch(*(torch.randn(shape, generator=noise) for shape in ((count, 4, 8, 8), (count, 5, 24), (count, 16))))
+
+
+def a_stage(config: FinetuningConfig | None = None, keep_every: int = 2) -> FinetuningStage:
+    teacher = tiny.unet()
+    space = read_space(teacher)
+    bits = torch.ones(len(space), dtype=torch.bool)
+    for site in space.width:
+        entries = space.slice_of(site.name)
+        bits[entries] = torch.arange(site.units) % keep_every == 0
+    expert = slice_unet(teacher, ArchitectureCode(space, bits))
+    return FinetuningStage(expert, teacher, SCHEDULER, config or FinetuningConfig(), null_states=NULL)
+
+
+def run(stage: FinetuningStage, step: int = 0):
+    return stage(a_batch(), step=step, image_generator=torch.Generator().manual_seed(step))
+
+
+def test_an_expert_that_lost_nothing_is_its_teacher():
+    loss = run(a_stage(keep_every=1))
+    assert loss.terms["output"].item() < 1e-9
+    assert loss.terms["feature"].item() < 1e-9
+    assert loss.terms["denoising"] > 0.1
+
+
+def test_training_brings_the_expert_nearer_to_its_teacher_and_leaves_the_teacher_alone():
+    stage = a_stage()
+    before = {name: value.clone() for name, value in stage.teacher.state_dict().items()}
+    optimizer = torch.optim.AdamW(stage.expert.parameters(), lr=1e-3)
+    first = run(stage).scalars()
+    for _ in range(15):
+        optimizer.zero_grad()
+        run(stage).total.backward()
+        optimizer.step()
+    last = run(stage).scalars()
+    assert last["output"] < first["output"] / 2
+    assert last["feature"] < first["feature"]
+    assert all(torch.equal(value, before[name]) for name, value in stage.teacher.state_dict().items())
+
+
+def test_the_null_share_of_captions_is_dropped():
+    stage = a_stage(FinetuningConfig(null_share=0.25))
+    texts = torch.zeros(4000, 5, 24)
+    dropped = stage._drop(texts, torch.Generator().manual_seed(0))
+    assert (dropped == 7).flatten(1).all(1).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert ((dropped == 7) | (dropped == 0)).all()
+    none = a_stage(FinetuningConfig(null_share=0.0))
+    assert torch.equal(none._drop(texts, None), texts)
+
+
+def test_the_learned_state_is_the_expert():
+    stage, other = a_stage(), a_stage()
+    for parameter in stage.expert.parameters():
+        parameter.data *= 1.01
+    other.load_learned_state(stage.learned_state())
+    assert run(other).scalars() == run(stage).scalars()
+
+
+def test_weights_may_be_zero_and_may_not_be_negative():
+    loss = run(a_stage(FinetuningConfig(feature_weight=0.0)))
+    assert set(loss.terms) == {"denoising", "output"}
+    with pytest.raises(ValueError, match="output_weight must not be negative"):
+        FinetuningConfig(output_weight=-0.1)
+    with pytest.raises(ValueError, match="null_share must lie in"):
+        FinetuningConfig(null_share=1.0)
+
+
+def test_what_is_missing_is_named():
+    unet = tiny.unet()
+    with pytest.raises(ValueError, match="so null_states is needed"):
+        FinetuningStage(tiny.unet(), unet, SCHEDULER, FinetuningConfig())
+    with pytest.raises(ValueError, match="are the same module"):
+        FinetuningStage(unet, unet, SCHEDULER, FinetuningConfig(), null_states=NULL)

@@ -1,0 +1,272 @@
+import copy
+import threading
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+import tiny
+from aptp.codes import PruningSpace
+from aptp.cost import CostTable, cost_table
+from aptp.latents import Batch
+from aptp.pruning import PruningConfig, PruningStage, calibrate_budget
+from aptp.router import Router, RouterConfig, UnusedCodeError
+from aptp.sites import read_space
+
+SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+STEADY = PruningConfig(budget=0.6, warmup_steps=0)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny.unet()
+
+
+@pytest.fixture(scope="module")
+def space(unet) -> PruningSpace:
+    return read_space(unet)
+
+
+@pytest.fixture(scope="module")
+def table(unet, space) -> CostTable:
+    return cost_table(unet, space, (8, 8), 5)
+
+
+def a_stage(unet, space, table, config: PruningConfig = STEADY, seed: int = 0, **router) -> PruningStage:
+    options = RouterConfig(**{"num_codes": 3, "embedding_dim": 16} | router)
+    made = Router(space, options, generator=torch.Generator().manual_seed(seed))
+    return PruningStage(unet, space, table, made, SCHEDULER, config)
+
+
+def a_batch(count: int = 8, seed: int = 0) -> Batch:
+    noise = torch.Generator().manual_seed(seed)
+    shapes = ((count, 4, 8, 8), (count, 5, 24), (count, 16))
+    return Batch(*(torch.randn(shape, generator=noise) for shape in shapes))
+
+
+def run(stage: PruningStage, batch: Batch, step: int = 0, **options):
+    generators = {
+        "image_generator": torch.Generator().manual_seed(100 + step),
+        "code_generator": torch.Generator().manual_seed(200 + step),
+    }
+    return stage(batch, step=step, **generators, **options)
+
+
+def train(stage: PruningStage, steps: range, optimizer, batch: Batch) -> list[float]:
+    ratios = []
+    for step in steps:
+        loss = run(stage, batch, step)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        ratios.append(float(loss.metrics["ratio"]))
+    return ratios
+
+
+def test_every_gate_of_a_used_code_gets_a_task_gradient_and_the_unet_none(unet, space, table):
+    stage = a_stage(unet, space, table)
+    mask = torch.full((4, len(space)), 0.8, requires_grad=True)
+    stage._denoise(a_batch(4), mask, torch.Generator().manual_seed(0))["denoising"].backward()
+    assert (mask.grad != 0).all()
+
+    loss = run(stage, a_batch(16))
+    (loss.terms["denoising"] + loss.terms["output"]).backward()
+    used = loss.metrics["transport_usage"] > 0
+    assert (stage.router.codes.grad[used] != 0).float().mean() > 0.9
+    assert (stage.router.codes.grad[~used] == 0).all()
+    assert stage.router.predictor.linear.weight.grad is None
+    assert all(parameter.grad is None for parameter in unet.parameters())
+    assert {name for name, p in stage.named_parameters() if p.requires_grad} == {
+        "router.codes",
+        "router.predictor.linear.weight",
+        "router.predictor.linear.bias",
+    }
+
+
+def test_in_the_warm_up_the_task_reaches_the_predictor_and_not_the_codes(unet, space, table):
+    stage = a_stage(unet, space, table, PruningConfig(warmup_steps=5))
+    loss = run(stage, a_batch(), step=4)
+    (loss.terms["denoising"] + loss.terms["resource"]).backward()
+    assert stage.router.codes.grad is None
+    assert stage.router.predictor.linear.weight.grad.abs().sum() > 0
+    after = run(stage, a_batch(), step=5)
+    after.terms["denoising"].backward()
+    assert stage.router.codes.grad.abs().sum() > 0
+
+
+def test_the_pull_and_the_contrastive_term_reach_the_predictor_alone(unet, space, table):
+    stage = a_stage(unet, space, table)
+    loss = run(stage, a_batch())
+    (loss.terms["pull"] + loss.terms["contrastive"]).backward()
+    assert stage.router.predictor.linear.weight.grad.abs().sum() > 0
+    assert stage.router.codes.grad is None
+
+
+def test_open_gates_make_the_student_the_teacher(unet, space, table):
+    stage = a_stage(unet, space, table, initial_logit=20.0, initial_depth=40.0)
+    loss = run(stage, a_batch())
+    assert loss.terms["output"].item() < 1e-8
+    assert loss.terms["feature"].item() < 1e-8
+    assert loss.metrics["ratio"].item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("start", [-1.0, -4.5])
+def test_the_resource_term_moves_the_ratio_to_the_budget_from_both_sides(unet, space, table, start):
+    config = PruningConfig(
+        budget=0.6, warmup_steps=0, output_weight=0.0, feature_weight=0.0, spread_weight=0.0, largest_weight=0.0
+    )
+    stage = a_stage(unet, space, table, config, initial_logit=start)
+    stage._denoise = lambda batch, mask, generator: {}  # the budget alone
+    optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.1, weight_decay=0.0)
+    ratios = train(stage, range(60), optimizer, a_batch(32))
+    assert abs(ratios[0] - 0.6) > 0.1
+    assert ratios[-1] == pytest.approx(0.6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        STEADY,
+        PruningConfig.paper(),
+        PruningConfig(warmup_steps=0, forward_gates="hard"),
+        PruningConfig(warmup_steps=0, feature_weight=0.0),
+    ],
+)
+@pytest.mark.parametrize("num_codes", [1, 3])
+def test_every_option_gives_finite_terms_and_gradients(unet, space, table, config, num_codes):
+    stage = a_stage(unet, space, table, config, num_codes=num_codes)
+    loss = run(stage, a_batch(4), step=1000)
+    loss.total.backward()
+    assert all(torch.isfinite(term) for term in loss.terms.values())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in stage.router.parameters())
+    assert set(loss.weights) == set(loss.terms) - {"denoising"}
+
+
+def test_a_step_is_a_function_of_its_generators(unet, space, table):
+    first, again = (run(a_stage(unet, space, table), a_batch(), step=3).scalars() for _ in range(2))
+    assert first == again
+
+
+def test_four_steps_are_two_and_a_resumption_and_two(unet, space, table):
+    def new(seed=0):
+        stage = a_stage(unet, space, table, PruningConfig(warmup_steps=1), seed)
+        return stage, torch.optim.AdamW(stage.router.parameters(), lr=0.05)
+
+    batch = a_batch()
+    through, optimizer = new()
+    train(through, range(4), optimizer, batch)
+
+    before, optimizer = new()
+    train(before, range(2), optimizer, batch)
+    state = copy.deepcopy((before.learned_state(), optimizer.state_dict()))
+    after, optimizer = new(seed=1)
+    after.load_learned_state(state[0])
+    optimizer.load_state_dict(state[1])
+    train(after, range(2, 4), optimizer, batch)
+    for name, value in through.learned_state().items():
+        assert torch.equal(value, after.learned_state()[name]), name
+    assert not any(name.startswith("unet") for name in through.learned_state())
+
+
+class Workers:
+    """Threads in lockstep; the gathered rows keep every worker's graph, so the backward sums over the workers."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier, self.rows = threading.Barrier(count), [None] * count
+
+    def gather(self, rank: int):
+        def gather(rows: torch.Tensor) -> torch.Tensor:
+            self.rows[rank] = rows
+            self.barrier.wait()
+            joined = torch.cat(self.rows)
+            self.barrier.wait()
+            return joined
+
+        return gather
+
+
+def test_two_workers_are_one_with_the_global_batch(unet, space, table):
+    batch = a_batch(8)
+    halves = [
+        Batch(b.latents, b.text_states, b.embeddings)
+        for b in (
+            Batch(batch.latents[:4], batch.text_states[:4], batch.embeddings[:4]),
+            Batch(batch.latents[4:], batch.text_states[4:], batch.embeddings[4:]),
+        )
+    ]
+    whole = a_stage(unet, space, table)
+    expected = run(whole, batch)
+    expected.total.backward()
+
+    workers, stages = Workers(2), [copy.deepcopy(a_stage(unet, space, table)) for _ in range(2)]
+    losses = [None, None]
+
+    def work(rank: int) -> None:
+        losses[rank] = run(stages[rank], halves[rank], gather=workers.gather(rank))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (sum(loss.total for loss in losses) / 2).backward()
+
+    for name in ("resource", "spread", "largest", "contrastive"):
+        assert losses[0].terms[name].item() == pytest.approx(expected.terms[name].item(), abs=1e-5)
+    assert torch.equal(stages[0].usage, stages[1].usage)
+    assert torch.allclose(stages[0].usage, whole.usage)
+    gradient = sum(stage.router.predictor.linear.weight.grad for stage in stages)
+    assert torch.allclose(gradient, whole.router.predictor.linear.weight.grad, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("budget", [0.45, 0.6, 0.85])
+def test_calibration_meets_the_budget_on_the_prompts_as_routed(unet, space, table, budget, balance):
+    z = a_batch(400).embeddings
+    router = a_stage(unet, space, table, initial_spread=0.6).router
+    router.centre_embeddings(z)
+    found = calibrate_budget(router, z, table, budget, balance=balance)
+    codes = torch.stack([code.mask for code in router.architecture_codes()])
+    routed = table.ratio(codes)[router.route_embeddings(z).indices].mean().item()
+    assert routed == pytest.approx(budget, rel=0.01)
+    assert found.ratio == pytest.approx(routed, rel=1e-4)
+    assert sum(found.usage) == pytest.approx(1)
+    if balance:
+        assert min(found.usage) > 0.5 / 3
+
+
+def test_calibration_moves_nothing_when_the_budget_is_met(unet, space, table):
+    z = a_batch(100).embeddings
+    router = a_stage(unet, space, table, initial_spread=0.6).router
+    first = calibrate_budget(router, z, table, 0.6)
+    codes = router.architecture_codes()
+    second = calibrate_budget(router, z, table, first.ratio)
+    assert (second.width_shift, second.depth_shift) == (first.width_shift, first.depth_shift)
+    assert router.architecture_codes() == codes
+
+
+def test_calibration_lets_depth_go_where_width_does_not_suffice(unet, space, table):
+    z = a_batch(100).embeddings
+    router = a_stage(unet, space, table).router
+    found = calibrate_budget(router, z, table, table.minimum * 1.15, tolerance=0.05)
+    assert found.depth_shift < 0
+    assert found.ratio == pytest.approx(table.minimum * 1.15, rel=0.05)
+
+
+def test_impossible_budgets_and_unused_codes_are_refused(unet, space, table):
+    z = a_batch(100).embeddings
+    stage = a_stage(unet, space, table)
+    with pytest.raises(ValueError, match="budget must lie in"):
+        calibrate_budget(stage.router, z, table, table.minimum / 2)
+    with pytest.raises(UnusedCodeError, match="code 0, 2 of 3"):
+        stage.router.bias[1] = 5.0
+        calibrate_budget(stage.router, z, table, 0.7)
+    with pytest.raises(ValueError, match="is below"):
+        a_stage(unet, space, table, PruningConfig(budget=table.minimum / 2))
+    with pytest.raises(ValueError, match="budget must lie between 0 and 1"):
+        PruningConfig(budget=1.5)
+    with pytest.raises(ValueError, match="pull_weight must not be negative"):
+        PruningConfig(pull_weight=-1.0)
+    other = read_space(tiny.unet(block_out_channels=(32, 96), attention_head_dim=(2, 3)))
+    with pytest.raises(ValueError, match="router and space differ"):
+        PruningStage(unet, other, table, stage.router, SCHEDULER, STEADY)
