@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = [
-    "latents", "prompts", "codes", "sites", "gates", "cost", "slicing", "expert", "relax", "transport", "router",
+    "latents", "prompts", "codes", "backbones", "sites", "gates", "cost", "slicing", "expert", "relax", "transport", "router",
     "losses", "pruning", "baselines", "finetuning", "release", "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = [
