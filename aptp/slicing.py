@@ -76,7 +76,7 @@ def copy_replacing(model: Model, replaced: Mapping[nn.Module | Tensor, Any]) -> 
 
 
 def _kept_channels(code: ArchitectureCode, site: Site) -> Int[Tensor, " channel"]:
-    within_unit = torch.arange(site.channels_per_unit)
+    within_unit = torch.arange(site.channels_per_unit, device=code.bits.device)
     return (code.kept_units(site.name)[:, None] * site.channels_per_unit + within_unit).flatten()
 
 
