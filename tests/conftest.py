@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from local_ray import local_ray  # noqa: E402
-from s3_server import s3_server  # noqa: E402
+from local_ray import local_ray
+from s3_server import s3_server
 
 __all__ = ["local_ray", "s3_server"]

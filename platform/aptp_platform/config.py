@@ -39,11 +39,11 @@ class StorageConfig:
 class DataConfig:
     """The captioned images."""
 
-    source: str = ""  # a folder of shards: s3://bucket/prefix, gs://..., file:///... or a path
-    train: str = "train-*"  # glob of the training shards' names in it
-    heldout: str = "test_*"  # glob of the shards that only evaluation sees
+    source: str = ""  # a folder: s3://bucket/prefix, gs://..., file:///... or a path
+    train: str = "train-*"  # glob of the training files' names in it; their ending says the format
+    heldout: str = "test_*"  # glob of the files that only evaluation sees
     image_size: int = 512
-    max_bad_share: float = 0.01  # of all rows; more bad images and captions than this fail the job
+    max_bad_share: float = 0.01  # more bad rows than this of all rows, or bad files of all files, fail the job
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class EncodeConfig:
 
     batch_size: int = 32
     actors: int = 1
+    cpus_per_actor: float = 0.5
+    gpus_per_actor: float = 0.0
     rows_per_file: int = 2048
 
 

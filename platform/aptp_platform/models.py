@@ -89,8 +89,8 @@ def load_pipeline_parts(config: ModelConfig, storage: StorageConfig) -> Parts:
     width = getattr(text_encoder.config, "hidden_size", None)
     if width != unet.config.cross_attention_dim:
         raise ValueError(
-            f"model.text_encoder: {config.text_encoder or config.pipeline}: has states of width {width}, the UNet reads "
-            f"{unet.config.cross_attention_dim}: name the text encoder that the UNet was trained with"
+            f"model.text_encoder: {config.text_encoder or config.pipeline}: has states of width {width}, the UNet "
+            f"reads {unet.config.cross_attention_dim}: name the text encoder that the UNet was trained with"
         )
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
     return Parts(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import json
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -30,6 +31,7 @@ MARKERS = ("stage.json", "release.json")
 _SCHEMES = ("s3", "gs")
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 15
+_BUFFER = 1 << 20
 _ATTEMPTS = 4  # with growing pauses, in all a few seconds: enough for a hiccup, short enough for a typing error
 
 
@@ -42,7 +44,7 @@ class Store:
     """One folder, local or in a bucket. Names in it are relative, with `/`; `""` is the folder itself."""
 
     uri: str  # a local folder's absolute path, or scheme://bucket/prefix
-    config: StorageConfig = StorageConfig()
+    config: StorageConfig = field(default_factory=StorageConfig)
 
     @classmethod
     def open(cls, uri: str | Path, config: StorageConfig | None = None) -> Store:
@@ -62,8 +64,8 @@ class Store:
         bucket = rest.partition("/")[0]
         if "@" in bucket or "?" in rest:
             raise StoreError(
-                f"{scheme}://...: a URI holds a bucket and a prefix only; endpoint and region belong in `storage:`, keys "
-                "in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in the profile storage.profile names"
+                f"{scheme}://...: a URI holds a bucket and a prefix only; endpoint and region belong in `storage:`, "
+                "keys in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in a profile (storage.profile)"
             )
         if not bucket:
             raise StoreError(f"{text}: names no bucket; write {scheme}://bucket/prefix")
@@ -93,11 +95,11 @@ class Store:
         """
         return sorted(self._sizes(pattern))
 
-    def require(self, pattern: str, field: str) -> list[str]:
+    def require(self, pattern: str, fix: str) -> list[str]:
         """As `list`, but at least one.
 
         Args:
-            field: the config field to name in the error.
+            fix: what to change, named in the error: a config field.
 
         Raises:
             StoreError: the folder is missing or empty, or nothing in it matches.
@@ -108,9 +110,9 @@ class Store:
         there = self.list("*")
         if there:
             some = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
-            raise StoreError(f"{self.uri}: no file matches {pattern!r}; it holds {some}: change {field}")
+            raise StoreError(f"{self.uri}: no file matches {pattern!r}; it holds {some}: change {fix}")
         state = "holds no files" if self.exists() else "does not exist"
-        raise StoreError(f"{self.uri}: {state}; it must hold files that match {pattern!r}: change {field}")
+        raise StoreError(f"{self.uri}: {state}; it must hold files that match {pattern!r}: change {fix}")
 
     def fingerprint(self, pattern: str = "**") -> str:
         """A sha256 over the names, sizes and versions (ETag, or time of change) of the files that match."""
@@ -129,8 +131,10 @@ class Store:
     def open_file(self, name: str, mode: Literal["rb", "wb"] = "rb") -> Iterator[IO[bytes]]:
         """A file as a stream. One that is written appears when the block ends well, and not at all otherwise."""
         if mode == "rb":
-            with self._one_line(name), self._fs.open(self._path(name), "rb") as stream:
-                yield stream
+            with self._one_line(name):
+                stream = self._fs.open(self._path(name), "rb")
+            with stream if self.is_local else io.BufferedReader(_Guarded(stream, self, name), _BUFFER) as opened:
+                yield opened
             return
         target = Path(self._path(name))
         folder = target.parent if self.is_local else Path(tempfile.gettempdir())
@@ -317,6 +321,35 @@ class Store:
             raise StoreError(f"{shown}: not reachable{at} ({_reason(error)}): check the endpoint and region") from None
         except OSError as error:
             raise StoreError(f"{shown}: {_reason(error)}") from None
+
+
+class _Guarded(io.RawIOBase):
+    """A remote file whose reads fail with one line, so that nobody takes a lost connection for a damaged file."""
+
+    def __init__(self, stream: Any, store: Store, name: str) -> None:
+        self._stream, self._store, self._name = stream, store, name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with self._store._one_line(self._name):
+            data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _put_in_place(source: Path, target: Path) -> None:
