@@ -166,13 +166,12 @@ class PruningStage(nn.Module):
         """image_generator: noise, timesteps and the prompts' gate noise, a worker's own. code_generator: shared."""
         config, router = self.config, self.router
         warm = step < config.warmup_steps
-        device = router.codes.device
 
-        logits = router.predictor(batch.embeddings)
-        code_noise = gumbel_noise(tuple(router.codes.shape), code_generator).to(device)
-        prompt_noise = gumbel_noise(tuple(logits.shape), image_generator or code_generator).to(device)
-        sampled_codes = router.gates(router.codes, code_noise)
-        free_codes, free_prompts = router.gates(router.codes), router.gates(logits)
+        logits, codes = router(batch.embeddings)
+        code_noise = gumbel_noise(tuple(codes.shape), code_generator).to(codes.device)
+        prompt_noise = gumbel_noise(tuple(logits.shape), image_generator or code_generator).to(codes.device)
+        sampled_codes = router.gates(codes, code_noise)
+        free_codes, free_prompts = router.gates(codes), router.gates(logits)
         sampled_prompts = router.gates(logits, prompt_noise)
 
         # The transport sees everybody's prompts; its potentials then assign this worker's rows.
@@ -189,7 +188,7 @@ class PruningStage(nn.Module):
         mask = router.harden(gates) if config.forward_gates == "hard" else gates
         terms = self._denoise(batch, mask, image_generator)
 
-        routed = router.route_embeddings(batch.embeddings)
+        routed = router.route_logits(logits, codes)
         self._remember(gather(routed.usage().unsqueeze(0)).mean(0))
         code_ratios = self.table.ratio(router.harden(free_codes))
         if warm:

@@ -132,7 +132,8 @@ class ArchitecturePredictor(nn.Module):
         x = embeddings.float()
         if self.normalise:
             x = F.normalize(x - self.centre, p=1, dim=1)
-        return F.linear(x, self.linear.weight.float(), self.linear.bias.float())
+        with torch.autocast(x.device.type, enabled=False):
+            return self.linear(x)
 
 
 class Router(nn.Module):
@@ -195,7 +196,7 @@ class Router(nn.Module):
 
     @property
     def num_codes(self) -> int:
-        return len(self.codes)
+        return self.config.num_codes
 
     @torch.no_grad()
     def centre_embeddings(self, embeddings: Float[Tensor, "batch dim"]) -> None:
@@ -227,11 +228,23 @@ class Router(nn.Module):
             width = torch.where(self.owner_index < len(self.space.depth), width, hard_width)
         return F.normalize(torch.cat([width, depth], dim=1) * self.site_scale, dim=1)
 
-    @torch.no_grad()
+    def forward(
+        self, embeddings: Float[Tensor, "batch dim"]
+    ) -> tuple[Float[Tensor, "batch gate"], Float[Tensor, "code gate"]]:
+        """Logits of the prompts' own architectures and of the codes: all that training needs of the parameters.
+
+        They leave through a module's forward, and the codes as a copy, so that parameters that ZeRO 3 parts are whole.
+        """
+        return self.predictor(embeddings), self.codes.clone()
+
     def route_embeddings(self, embeddings: Float[Tensor, "batch dim"]) -> Routes:
         """Routes of prompts given their embeddings: noise-free, each row for itself."""
-        ours = self.features(self.gates(self.predictor(embeddings)))
-        similarities = ours @ self.features(self.gates(self.codes)).T + self.bias
+        return self.route_logits(*self(embeddings))
+
+    @torch.no_grad()
+    def route_logits(self, logits: Float[Tensor, "batch gate"], codes: Float[Tensor, "code gate"]) -> Routes:
+        """Routes given what `forward` returns."""
+        similarities = self.features(self.gates(logits)) @ self.features(self.gates(codes)).T + self.bias
         if self.num_codes == 1:
             return Routes(similarities.argmax(1), similarities, torch.zeros_like(similarities[:, 0]))
         best = similarities.topk(2, dim=1).values
@@ -241,7 +254,7 @@ class Router(nn.Module):
         """Routes of prompts."""
         if self.encoder is None:
             raise ValueError("this router has no prompt encoder: give it one, or call route_embeddings")
-        return self.route_embeddings(self.encoder.encode(prompts).to(self.codes.device))
+        return self.route_embeddings(self.encoder.encode(prompts).to(self.bias.device))
 
     @torch.no_grad()
     def architecture_codes(self) -> list[ArchitectureCode]:

@@ -1,7 +1,7 @@
 import pytest
+import tiny
 import torch
 
-import tiny
 from aptp.baselines import (
     block_removal_code,
     magnitude_code,

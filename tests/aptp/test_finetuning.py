@@ -1,8 +1,8 @@
 import pytest
+import tiny
 import torch
 from diffusers import DDPMScheduler
 
-import tiny
 from aptp.codes import ArchitectureCode
 from aptp.finetuning import FinetuningConfig, FinetuningStage
 from aptp.latents import Batch

@@ -2,10 +2,10 @@ import copy
 import threading
 
 import pytest
+import tiny
 import torch
 from diffusers import DDPMScheduler
 
-import tiny
 from aptp.codes import PruningSpace
 from aptp.cost import CostTable, cost_table
 from aptp.latents import Batch
@@ -258,8 +258,8 @@ def test_impossible_budgets_and_unused_codes_are_refused(unet, space, table):
     stage = a_stage(unet, space, table)
     with pytest.raises(ValueError, match="budget must lie in"):
         calibrate_budget(stage.router, z, table, table.minimum / 2)
+    stage.router.bias[1] = 5.0
     with pytest.raises(UnusedCodeError, match="code 0, 2 of 3"):
-        stage.router.bias[1] = 5.0
         calibrate_budget(stage.router, z, table, 0.7)
     with pytest.raises(ValueError, match="is below"):
         a_stage(unet, space, table, PruningConfig(budget=table.minimum / 2))

