@@ -12,7 +12,7 @@ def parse(**data: Any) -> ServeArgs:
     return ServeArgs.model_validate({"release": "runs/demo/release", **data})
 
 
-def test_a_code_differs_only_where_it_says_so():
+def test_a_code_differs_only_where_it_says_so() -> None:
     args = parse(
         experts={"num_cpus": 2, "scaling": {"max_replicas": 4, "upscale_delay_s": 1}},
         codes={3: {"max_batch_size": 16, "scaling": {"min_replicas": 0}}},
@@ -23,13 +23,16 @@ def test_a_code_differs_only_where_it_says_so():
     assert (special.scaling.min_replicas, special.scaling.max_replicas, special.scaling.upscale_delay_s) == (0, 4, 1)
 
 
-def test_the_teacher_takes_the_experts_settings_or_its_own():
+def test_the_teacher_takes_the_experts_settings_or_its_own() -> None:
     assert parse().teacher_args is None
-    assert parse(teacher=True, experts={"num_cpus": 3}).teacher_args.num_cpus == 3
-    assert parse(teacher={"num_gpus": 1}).teacher_args.device == "cuda"
+    shared = parse(teacher=True, experts={"num_cpus": 3})
+    assert shared.teacher_args == shared.experts
+    own = parse(teacher={"num_gpus": 1}).teacher_args
+    assert own is not None
+    assert own.device == "cuda"
 
 
-def test_a_full_batch_is_the_target_of_scaling_unless_the_config_names_one():
+def test_a_full_batch_is_the_target_of_scaling_unless_the_config_names_one() -> None:
     assert parse(experts={"max_batch_size": 6}).experts.scaling.to_ray(6)["target_ongoing_requests"] == 6
     named = parse(experts={"scaling": {"target_ongoing_requests": 2.5}})
     assert named.experts.scaling.to_ray(6)["target_ongoing_requests"] == 2.5
@@ -49,6 +52,6 @@ def test_a_full_batch_is_the_target_of_scaling_unless_the_config_names_one():
         ({"release": ""}, "release"),
     ],
 )
-def test_a_wrong_config_is_refused_by_name(data: dict[str, Any], named: str):
+def test_a_wrong_config_is_refused_by_name(data: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         parse(**data)

@@ -15,7 +15,7 @@ CATALOG = Catalog(
     (
         ModelFacts(code_name(0), 0.5, 5e8, 10, 0.4),
         ModelFacts(code_name(1), 0.75, 7.5e8, 15, 0.6),
-        ModelFacts(TEACHER, 1.0, 1e9, 20, None),
+        ModelFacts(TEACHER, 1.0, 1e9, None, None),
     ),
 )
 LIMITS = ImageArgs(sizes=("64x96",), max_images=4, max_prompt_chars=100)
@@ -32,14 +32,14 @@ def refusal(body: Any) -> Refusal:
     return caught.value
 
 
-def test_a_prompt_is_enough():
+def test_a_prompt_is_enough() -> None:
     made = order({"prompt": "a cat"})
     assert (made.model, made.size, made.num_inference_steps, made.guidance_scale) == ("auto", (64, 64), 25, 7.5)
     assert len(made.seeds) == 1
     assert order({"prompt": "a cat"}).seeds != made.seeds, "seeds are drawn"
 
 
-def test_everything_openai_and_we_know_is_understood():
+def test_everything_openai_and_we_know_is_understood() -> None:
     made = order(
         {
             "prompt": "ein Käse 🧀\n\twith 'quotes'",
@@ -67,7 +67,7 @@ def test_everything_openai_and_we_know_is_understood():
     assert (made.budget, made.deadline_ms, made.guidance_scale, made.negative_prompt) == (0.9, 2000, 0, "fog")
 
 
-def test_null_means_absent():
+def test_null_means_absent() -> None:
     assert order({"prompt": "a cat", "n": None, "size": None, "seed": None, "model": None}).size == (64, 64)
 
 
@@ -123,7 +123,7 @@ def test_null_means_absent():
         ({"prompt": "a", "model": "code-02"}, 404, "model_not_found", "model"),
     ],
 )
-def test_a_wrong_body_gets_its_own_answer(body: Any, status: int, code: str | None, param: str | None):
+def test_a_wrong_body_gets_its_own_answer(body: Any, status: int, code: str | None, param: str | None) -> None:
     answer = refusal(body)
     assert (answer.status, answer.param) == (status, param)
     assert code is None or answer.code == code
@@ -131,18 +131,18 @@ def test_a_wrong_body_gets_its_own_answer(body: Any, status: int, code: str | No
     json.dumps(error_body(answer.status, answer.message, answer.code, answer.param), allow_nan=False)
 
 
-def test_an_unknown_parameter_names_the_nearest():
+def test_an_unknown_parameter_names_the_nearest() -> None:
     assert "'num_inference_steps'" in refusal({"prompt": "a", "num_inference_step": 3}).message
 
 
-def test_a_route_request_orders_no_images():
+def test_a_route_request_orders_no_images() -> None:
     made = to_order(parse_request(RouteRequest, b'{"prompt": "a cat", "budget": 0.6}'), LIMITS, CATALOG)
     assert (made.prompt, made.budget) == ("a cat", 0.6)
     with pytest.raises(Refusal):
         parse_request(RouteRequest, b'{"prompt": "a cat", "n": 2}')
 
 
-def test_the_error_object_has_all_four_keys():
+def test_the_error_object_has_all_four_keys() -> None:
     for status, kind in ((400, "invalid_request_error"), (429, "rate_limit_error"), (503, "server_error")):
         error = error_body(status, "no")["error"]
         assert set(error) == {"message", "type", "param", "code"}

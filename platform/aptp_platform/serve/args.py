@@ -37,7 +37,7 @@ class ScalingArgs(_Section):
     )
     upscale_delay_s: float = Field(default=5.0, ge=0)
     downscale_delay_s: float = Field(default=60.0, ge=0)
-    look_back_period_s: float = Field(default=10.0, gt=0)
+    look_back_period_s: float = Field(default=15.0, gt=10, description="above Ray's 10 s of metrics interval")
 
     @model_validator(mode="after")
     def _check(self) -> ScalingArgs:
@@ -111,6 +111,14 @@ class ImageArgs(_Section):
         return self
 
 
+class DecisionArgs(_Section):
+    """The log of routing decisions."""
+
+    folder: str | None = Field(default=None, description="on each router's node; unset: no log")
+    prompts: Literal["hashed", "plain"] = Field(default="hashed", description="plain ones can be replayed")
+    max_bytes: int = Field(default=64_000_000, ge=1_000_000)
+
+
 class ServeArgs(_Section):
     """A release and how it is served.
 
@@ -129,6 +137,7 @@ class ServeArgs(_Section):
     router: RouterArgs = RouterArgs()
     ingress: IngressArgs = IngressArgs()
     images: ImageArgs = ImageArgs()
+    decisions: DecisionArgs = DecisionArgs()
     drain_s: float = Field(default=120.0, gt=0, description="what a leaving replica has to finish its images")
 
     @model_validator(mode="after")

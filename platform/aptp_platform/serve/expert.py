@@ -7,14 +7,15 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import torch
-from aptp.expert import load_expert
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from aptp.expert import load_expert
 from aptp.release import Release
 from aptp_platform.serve.args import ExpertArgs
 from aptp_platform.serve.batching import EngineFullError, Rendered, StepEngine, Ticket
 from aptp_platform.serve.denoising import Denoiser, Sample, SampleSpec
 from aptp_platform.serve.images import encode_image
+from aptp_platform.serve.metrics import ExpertMetrics
 from aptp_platform.serve.orders import TEACHER, Accepted, Catalog, Order, Picture, Refusal
 from aptp_platform.serve.released import ReleaseSource
 
@@ -30,7 +31,12 @@ class Expert:
         index = None if model == TEACHER else [code.name for code in catalog.codes].index(model)
         self._denoiser = load_denoiser(source.for_model(model), index, device=args.device, dtype=_DTYPES[args.dtype])
         self._warm_up()
-        self._engine = StepEngine(self._denoiser, max_batch_size=args.max_batch_size, max_waiting=args.max_waiting)
+        self._engine = StepEngine(
+            self._denoiser,
+            max_batch_size=args.max_batch_size,
+            max_waiting=args.max_waiting,
+            observe=ExpertMetrics(model).observe,
+        )
 
     async def generate(self, order: Order, seed: int) -> Picture:
         """The order's image for one of its seeds.

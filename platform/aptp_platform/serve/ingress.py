@@ -32,6 +32,7 @@ from aptp_platform.serve.openai import (
 from aptp_platform.serve.orders import Catalog, Choice, ModelLoad, Order, Picture, Refusal
 
 _PAGE: Final = Path(__file__).parent / "static" / "index.html"
+_PAGE_POLICY: Final = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"  # the page needs no other host
 _READY_TIMEOUT_S: Final = 5.0
 
 
@@ -87,7 +88,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs) -> FastAPI:
     async def generate(request: Request) -> Response:
         begun = time.monotonic()
         wanted = parse_request(ImageRequest, await _read_body(request, args))
-        order = to_order(wanted, args.images, catalog)
+        order = to_order(wanted, args.images, catalog, request.headers.get("x-request-id", ""))
         if wanted.stream:
             return await _streamed(gateway.stream(order), order, args.ingress.heartbeat_s)
         choice, pictures = await gateway.generate(order)
@@ -132,7 +133,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs) -> FastAPI:
 
     @app.get("/")
     async def page() -> Response:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
 
     @app.exception_handler(Refusal)
     async def refused(_: Request, refusal: Refusal) -> Response:
@@ -216,7 +217,7 @@ def _headers(choice: Choice, begun: float, pictures: list[Picture] | None = None
         "x-aptp-code": choice.model,
         "x-aptp-routed-code": choice.routed,
         "x-aptp-reason": choice.reason,
-        "x-aptp-ratio": f"{choice.ratio:.4f}",
+        "x-aptp-macs-ratio": f"{choice.ratio:.4f}",
         "x-aptp-margin": f"{choice.margin:.4f}",
         "x-aptp-ms": f"{total_ms:.1f}",
         "openai-processing-ms": f"{total_ms:.0f}",

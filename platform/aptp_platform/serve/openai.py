@@ -115,7 +115,7 @@ def _explained(model: type[BaseModel], error: ValidationError) -> Refusal:
     return Refusal(400, f"Invalid '{param}': {message}.", code=code, param=param)
 
 
-def to_order(request: RouteRequest, limits: ImageArgs, catalog: Catalog) -> Order:
+def to_order(request: RouteRequest, limits: ImageArgs, catalog: Catalog, request_id: str = "") -> Order:
     """A request as an order, seeds drawn where it names none; a `Refusal` where it asks for more than is allowed."""
     images = request if isinstance(request, ImageRequest) else ImageRequest(prompt=request.prompt)
     steps, guidance = request.num_inference_steps, request.guidance_scale
@@ -152,6 +152,7 @@ def to_order(request: RouteRequest, limits: ImageArgs, catalog: Catalog) -> Orde
         output_format=images.output_format,
         compression=images.output_compression,
         num_previews=images.partial_images,
+        request_id=request_id[:128],
     )
 
 

@@ -36,6 +36,7 @@ class Order:
     output_format: OutputFormat = "png"
     compression: int = 100
     num_previews: int = 0
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ class Accepted:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a release says of a model. share: of the training prompts; None for the teacher."""
+    """What a release says of a model. share: of the training prompts. params and share: None for the teacher."""
 
     name: str
     ratio: float
     macs: float
-    params: int
+    params: int | None
     share: float | None
 
 

@@ -62,7 +62,7 @@ class ReleaseSource:
                     f"teacher: {self.uri} was published without its teacher; set teacher to false, or publish it with "
                     "the teacher"
                 )
-            models.append(ModelFacts(TEACHER, 1.0, models[0].macs / models[0].ratio, 0, None))
+            models.append(ModelFacts(TEACHER, 1.0, models[0].macs / models[0].ratio, None, None))
         channels = store.read_json("pipeline/vae/config.json")["block_out_channels"]
         height, width = (side * 2 ** (len(channels) - 1) for side in release.info.latent_size)
         return Catalog(file_sha256(release.path / _MANIFEST)[:12], (width, height), tuple(models))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +14,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from aptp.router import Router as PromptRouter
-from aptp_platform.serve.args import RouterArgs
+from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.calls import call, call_stream
-from aptp_platform.serve.orders import Accepted, Catalog, Choice, ModelLoad, Order, Picture
+from aptp_platform.serve.decisions import DecisionLog
+from aptp_platform.serve.drift import DriftMonitor
+from aptp_platform.serve.metrics import RouterMetrics
+from aptp_platform.serve.orders import Accepted, Catalog, Choice, ModelLoad, Order, Picture, Refusal
 from aptp_platform.serve.released import ReleaseSource
 from aptp_platform.serve.selection import Situation, choose
 
@@ -30,19 +34,22 @@ class Router:
         self,
         source: ReleaseSource,
         catalog: Catalog,
-        args: RouterArgs,
+        args: ServeArgs,
         experts: Mapping[str, DeploymentHandle[Any]],
         batch_sizes: Mapping[str, int],
     ) -> None:
-        torch.set_num_threads(args.num_threads or max(1, int(args.num_cpus)))
-        self._catalog, self._args, self._experts, self._batch_sizes = catalog, args, experts, batch_sizes
+        torch.set_num_threads(args.router.num_threads or max(1, int(args.router.num_cpus)))
+        self._catalog, self._args, self._experts, self._batch_sizes = catalog, args.router, experts, batch_sizes
         self._prompts = PromptRouter.load(source.for_router().router_path)
         self._running: Counter[str] = Counter()  # images of each model
         self._steps: Counter[str] = Counter()  # denoising steps of those images
         self._step_ms: dict[str, float] = {}
+        self._metrics, self._decisions = RouterMetrics(), DecisionLog(args.decisions, catalog)
+        self._code_indices = {code.name: index for index, code in enumerate(catalog.codes)}
+        self._drift = DriftMonitor([code.share or 0.0 for code in catalog.codes])
         batched: Any = self._similarities
-        batched.set_max_batch_size(args.max_batch_size)
-        batched.set_batch_wait_timeout_s(args.batch_wait_s)
+        batched.set_max_batch_size(args.router.max_batch_size)
+        batched.set_batch_wait_timeout_s(args.router.batch_wait_s)
 
     async def route(self, order: Order) -> Choice:
         """The model that the order would go to now."""
@@ -52,26 +59,30 @@ class Router:
     async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
         """The order's images, one a seed."""
         choice = await self.route(order)
-        with self._counted(choice.model, order):
-            tasks = [asyncio.ensure_future(self._picture(choice.model, order, seed)) for seed in order.seeds]
+        with self._accounted(order, choice):
+            tasks = [asyncio.ensure_future(self._picture(order, choice, seed)) for seed in order.seeds]
             try:
-                pictures = await asyncio.gather(*tasks)
+                return choice, await asyncio.gather(*tasks)
             finally:  # after a failure nobody wants the others
                 for task in tasks:
                     task.cancel()
-        return choice, pictures
 
     async def stream(self, order: Order) -> AsyncIterator[Choice | Picture]:
         """The choice, as soon as its model has accepted the order; previews; the image of the first seed."""
         choice = await self.route(order)
         handle = self._experts[choice.model].options(stream=True)
-        with self._counted(choice.model, order):
+        with self._accounted(order, choice):
             async for item in call_stream(
                 lambda: handle.stream.remote(order, order.seeds[0]),
                 attempts=self._args.attempts,
                 drain_s=self._drain_s(choice.model),
             ):
-                yield choice if isinstance(item, Accepted) else self._timed(choice.model, order, item)
+                if isinstance(item, Accepted):
+                    yield choice
+                    continue
+                if item.preview is None:
+                    self._learn(order, choice, item)
+                yield item
 
     async def loads(self) -> dict[str, ModelLoad]:
         """Every model's load as this replica sees it."""
@@ -80,19 +91,21 @@ class Router:
             for model in self._catalog.models
         }
 
-    async def _picture(self, model: str, order: Order, seed: int) -> Picture:
-        handle = self._experts[model]
-        picture = await call(
-            lambda: handle.generate.remote(order, seed), attempts=self._args.attempts, drain_s=self._drain_s(model)
+    async def _picture(self, order: Order, choice: Choice, seed: int) -> Picture:
+        handle = self._experts[choice.model]
+        picture: Picture = await call(
+            lambda: handle.generate.remote(order, seed),
+            attempts=self._args.attempts,
+            drain_s=self._drain_s(choice.model),
         )
-        return self._timed(model, order, picture)
-
-    def _timed(self, model: str, order: Order, picture: Picture) -> Picture:
-        if picture.preview is None:
-            step_ms = picture.denoise_ms / order.num_inference_steps
-            known = self._step_ms.setdefault(model, step_ms)
-            self._step_ms[model] = known + _SMOOTHING * (step_ms - known)
+        self._learn(order, choice, picture)
         return picture
+
+    def _learn(self, order: Order, choice: Choice, picture: Picture) -> None:
+        step_ms = picture.denoise_ms / order.num_inference_steps
+        known = self._step_ms.setdefault(choice.model, step_ms)
+        self._step_ms[choice.model] = known + _SMOOTHING * (step_ms - known)
+        self._metrics.made(choice, order, picture)
 
     def _drain_s(self, model: str) -> float:
         """Seconds until the images that are ordered of this model now should be done."""
@@ -100,15 +113,28 @@ class Router:
         return min(max(1.0, steps_ms / self._batch_sizes[model] / 1e3), _MAX_RETRY_AFTER_S)
 
     @contextmanager
-    def _counted(self, model: str, order: Order) -> Iterator[None]:
-        images = len(order.seeds)
+    def _accounted(self, order: Order, choice: Choice) -> Iterator[None]:
+        """Counts an order while it runs, and says how it ended."""
+        model, images, started = choice.model, len(order.seeds), time.monotonic()
         self._running[model] += images
         self._steps[model] += images * order.num_inference_steps
+        self._metrics.routed(choice, self._drift.observe(self._code_indices[choice.routed]))
+        outcome = "failed"
         try:
             yield
+            outcome = "ok"
+        except Refusal:
+            outcome = "refused"
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "cancelled"
+            raise
         finally:
             self._running[model] -= images
             self._steps[model] -= images * order.num_inference_steps
+            seconds = time.monotonic() - started
+            self._metrics.ended(choice, outcome, seconds)
+            self._decisions.write(order, choice, outcome, seconds)
 
     @serve.batch  # type: ignore[untyped-decorator, unused-ignore]
     async def _similarities(self, prompts: list[str]) -> list[tuple[float, ...]]:
