@@ -26,8 +26,8 @@ def unit_magnitudes(unet: nn.Module, space: PruningSpace) -> Float[Tensor, " wid
     for site in space.width:
         offer = offer_of(site)
         owner: Any = unet.get_submodule(site.name.removesuffix(f".{offer.consumer}"))
-        consumer = unet.get_submodule(site.name).weight
-        squares = consumer.float().square().transpose(0, 1).flatten(1).sum(1)
+        consumer: Any = unet.get_submodule(site.name)
+        squares = consumer.weight.float().square().transpose(0, 1).flatten(1).sum(1)
         for producer in producers_of(owner, offer).values():
             rows = (
                 producer.weight.float().square().flatten(1)

@@ -3,7 +3,6 @@
 L = l_task denoising + l_out ||expert - teacher||^2 + l_feat features                          (APTP, section 3)
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +44,8 @@ class FinetuningStage(nn.Module):
     null_states: the text states of the null prompt, `encode_texts(tokenizer, text_encoder, [""])[0]`; needed unless
     null_share is 0.
     """
+
+    null_states: Tensor | None
 
     def __init__(
         self,
@@ -97,16 +98,15 @@ class FinetuningStage(nn.Module):
         noisy = self.schedule.noisy(batch.latents, noise, timesteps)
         texts = self._drop(batch.text_states, image_generator)
 
-        distil = config.feature_weight > 0
-        with torch.no_grad(), block_features(self.teacher) if distil else nullcontext([]) as taught:
+        with torch.no_grad(), block_features(self.teacher) as taught:
             teacher = self.teacher(noisy, timesteps, texts, return_dict=False)[0]
-        with block_features(self.expert) if distil else nullcontext([]) as learnt:
+        with block_features(self.expert) as learnt:
             student = self.expert(noisy, timesteps, texts, return_dict=False)[0]
 
         target = self.schedule.target(batch.latents, noise, timesteps)
         weight = self.schedule.min_snr_weight(timesteps, config.snr_gamma)
         terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
-        if distil:
+        if config.feature_weight:
             terms["feature"] = feature_loss(learnt, taught, normalise=config.normalise_features)
         return LossTerms(terms, {name: getattr(config, f"{name}_weight") for name in terms})
 

@@ -30,6 +30,9 @@ class PromptEncoder(nn.Module):
     through the rounding of the matrix product (about 1e-6).
     """
 
+    tokenizer: Any
+    model: Any
+
     def __init__(self, tokenizer: Any, model: nn.Module, *, max_tokens: int = 128) -> None:
         super().__init__()
         limit = getattr(model.config, "max_position_embeddings", max_tokens)

@@ -11,7 +11,6 @@ that of the global batch. Code noise must be the same on all workers, image nois
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -223,12 +222,7 @@ class PruningStage(nn.Module):
     def _denoise(self, batch: Batch, mask: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         noise, timesteps = sample_noise(batch.latents, len(self.schedule), generator)
         noisy = self.schedule.noisy(batch.latents, noise, timesteps)
-        distil = self.config.feature_weight > 0
-
-        with (
-            gated(self.unet, self.space) as gates,
-            block_features(self.unet) if distil else nullcontext([]) as features,
-        ):
+        with gated(self.unet, self.space) as gates, block_features(self.unet) as features:
             gates.open()
             with torch.no_grad():
                 teacher = self.unet(noisy, timesteps, batch.text_states, return_dict=False)[0]
@@ -239,7 +233,7 @@ class PruningStage(nn.Module):
         target = self.schedule.target(batch.latents, noise, timesteps)
         weight = self.schedule.min_snr_weight(timesteps, self.config.snr_gamma)
         terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
-        if distil:
+        if self.config.feature_weight:
             terms["feature"] = feature_loss(learnt, taught, normalise=self.config.normalise_features)
         return terms
 

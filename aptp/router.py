@@ -211,7 +211,7 @@ class Router(nn.Module):
         shift = torch.cat([self.shift[:1].expand(width), self.shift[1:].expand(len(self.space.depth))]).expand_as(
             logits
         )
-        noise = shift if noise is None else noise + shift
+        noise = shift if noise is None else torch.add(noise, shift)
         return soft_gates(logits, noise, width, self.keep_order, self.config.relaxation)
 
     def harden(self, soft: Float[Tensor, "batch gate"]) -> Float[Tensor, "batch gate"]:
@@ -220,12 +220,13 @@ class Router(nn.Module):
 
     def features(self, soft: Float[Tensor, "batch gate"]) -> Float[Tensor, "batch gate"]:
         """phi: unit vectors whose dot products are the similarities."""
-        sizes = [self.space.width_entries, len(self.space.depth)]
-        width, depth = soft.split(sizes, dim=1)
+        entries = self.space.width_entries
+        width, depth = soft[:, :entries], soft[:, entries:]
         width = width * F.pad(depth, (0, 1), value=1.0)[:, self.owner_index]
         if self.config.features == "mixed":
-            hard_width, depth = self.harden(soft).split(sizes, dim=1)
-            width = torch.where(self.owner_index < len(self.space.depth), width, hard_width)
+            hard = self.harden(soft)
+            width = torch.where(self.owner_index < len(self.space.depth), width, hard[:, :entries])
+            depth = hard[:, entries:]
         return F.normalize(torch.cat([width, depth], dim=1) * self.site_scale, dim=1)
 
     def forward(
