@@ -191,7 +191,7 @@ class Router(nn.Module):
             start[width:] = config.initial_logit
         else:
             start[width : width + 1] = config.initial_depth
-        self.codes += start
+        self.codes.add_(start)
         self.predictor.linear.bias.copy_(start)
 
     @property
