@@ -1,9 +1,11 @@
 """A release behind real HTTP on Ray Serve, as its users meet it: the `openai` client, raw bodies, a browser."""
 
 import base64
+import contextlib
 import io
 import json
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -12,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 import yaml
@@ -84,13 +87,16 @@ def library(release: Release) -> AptpPipeline:
 
 def pixels_of(data: str | None) -> torch.Tensor:
     assert data is not None
-    image = Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    return pixels_of_image(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def pixels_of_image(image: Image.Image) -> torch.Tensor:
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3).int()
 
 
 def expected(library: AptpPipeline, prompt: str, seed: int, **options: Any) -> torch.Tensor:
-    made = library([prompt], num_inference_steps=STEPS, guidance_scale=GUIDANCE, seeds=[seed], **options).images[0]
-    return torch.frombuffer(bytearray(made.tobytes()), dtype=torch.uint8).reshape(made.height, made.width, 3).int()
+    made = library([prompt], num_inference_steps=STEPS, guidance_scale=GUIDANCE, seeds=[seed], **options)
+    return pixels_of_image(made.images[0])
 
 
 def test_an_openai_client_gets_the_library_s_image_of_the_prompt_s_code(client: Any, library: AptpPipeline) -> None:
@@ -284,3 +290,62 @@ def test_the_shipped_configs_are_valid(name: str) -> None:
     application = ServeDeploySchema.model_validate(config).applications[0]
     assert application.import_path == "aptp_platform.serve.app:build"
     ServeArgs.model_validate(json.loads(json.dumps(application.args)))
+
+
+def replica(name: str) -> psutil.Process:
+    """The process of a deployment's only replica, among this very session's."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[0].startswith(f"ray::ServeReplica:aptp:{name}"):
+                return process
+    raise AssertionError(f"no process of {name}")
+
+
+@pytest.mark.parametrize("name", ["Expert-00", "Router"])
+def test_a_replica_that_is_killed_under_load_costs_nobody_an_image(
+    url: str, http: httpx.Client, library: AptpPipeline, name: str
+) -> None:
+    body = {"prompt": PROMPTS[0], "model": "code-00", "num_inference_steps": 60}
+    wanted = {
+        seed: library([PROMPTS[0]], num_inference_steps=60, guidance_scale=GUIDANCE, seeds=[seed]) for seed in (1, 2)
+    }
+
+    def draw(seed: int) -> httpx.Response:
+        return httpx.post(f"{url}/v1/images/generations", json={**body, "seed": seed}, timeout=120)
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = [(seed, threads.submit(draw, seed)) for seed in (0, 1) * 3]
+        while http.get("/ready").json()["models"]["code-00"]["running"] < len(answers):
+            time.sleep(0.02)
+        replica(name).kill()
+        for seed, answer in answers:
+            assert answer.result().status_code == 200, answer.result().text
+            pixels = pixels_of(answer.result().json()["data"][0]["b64_json"])
+            assert (pixels - pixels_of_image(wanted[seed])).abs().max() <= 1
+
+
+def test_those_who_hang_up_leave_no_work_behind(url: str, http: httpx.Client) -> None:
+    body = {"prompt": "a cat", "model": "code-01", "num_inference_steps": 99}
+
+    def hang_up(streamed: bool) -> None:
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(f"{url}/v1/images/generations", json={**body, "stream": streamed}, timeout=1.0)
+
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(hang_up, [False, True] * 6))
+    started = time.monotonic()
+    while http.get("/ready").json()["models"]["code-01"]["running"] and time.monotonic() - started < 5:
+        time.sleep(0.05)
+    assert http.get("/ready").json()["models"]["code-01"]["running"] == 0
+    assert http.post("/v1/images/generations", json={**body, "num_inference_steps": 2}).status_code == 200
+
+
+def test_the_client_s_own_retries_bring_a_refused_order_through(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8, timeout=120) as patient:
+
+        def draw(_: int) -> int:
+            answer = patient.images.generate(prompt="a cat", model="code-00", extra_body={"num_inference_steps": 20})
+            return len(answer.data or ())
+
+        with ThreadPoolExecutor(24) as threads:
+            assert sum(threads.map(draw, range(24))) == 24
