@@ -14,7 +14,7 @@ LIBRARY = [
     "losses", "pruning", "baselines", "finetuning", "release", "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = [
-    "config", "storage", "progress", "models", "data", "teacher", "train", "cutting", "report", "evaluation", "publishing", "path",
+    "storage", "config", "progress", "models", "data", "teacher", "train", "cutting", "report", "evaluation", "publishing", "path",
     "tuner", "job", "cluster", "gallery", "demo",
 ]  # fmt: skip
 FORBIDDEN_IN_LIBRARY = {"ray", "deepspeed", "yaml", "fastapi", "httpx", "s3fs", "fsspec", "pyarrow", "aptp_platform"}

@@ -19,20 +19,11 @@ import yaml
 
 from aptp.finetuning import FinetuningConfig
 from aptp.pruning import PruningConfig
+from aptp_platform.storage import StorageConfig
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: one line that names the field, the value, the rule and the fix."""
-
-
-@dataclass(frozen=True)
-class StorageConfig:
-    """How object stores are reached. Keys and tokens come from the environment or a profile, never from here."""
-
-    endpoint: str | None = None  # of an S3-compatible server; unset: the provider's own
-    region: str | None = None
-    profile: str | None = None
-    anonymous: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A `Store` is one folder. Nothing in it is ever half there: a file appears when it is complete, a published folder's
 marker (`stage.json`, `release.json`) appears last. Credentials come from the environment or from a profile; they are in
-no config, no URI, no pickled `Store` and no error.
+no config, no URI, no pickled `Store` and no error. The module is light: a task that only reads need not load torch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ import fsspec
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
-from aptp_platform.config import StorageConfig
-
 MARKERS = ("stage.json", "release.json")
 _SCHEMES = ("s3", "gs")
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 15
 _BUFFER = 1 << 20
 _ATTEMPTS = 4  # with growing pauses, in all a few seconds: enough for a hiccup, short enough for a typing error
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How object stores are reached. Keys and tokens come from the environment or a profile, never from here."""
+
+    endpoint: str | None = None  # of an S3-compatible server; unset: the provider's own
+    region: str | None = None
+    profile: str | None = None
+    anonymous: bool = False
 
 
 class StoreError(ValueError):

@@ -8,13 +8,13 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -48,15 +48,16 @@ def read_shard(stream: IO[bytes], name: str) -> Iterator[CaptionedImage | Fault]
     key: str | None = None
     parts: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as archive:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictMember) as archive:
             for member in archive:
                 if not member.isfile():
                     continue
-                stem, _, extension = member.name.rpartition("/")[2].partition(".")
-                if stem != key:
+                folder, slash, base = member.name.removeprefix("./").rpartition("/")
+                stem, _, extension = base.partition(".")
+                if folder + slash + stem != key:
                     if key is not None:
                         yield _sample(key, parts)
-                    key, parts = stem, {}
+                    key, parts = folder + slash + stem, {}
                 opened = archive.extractfile(member)
                 assert opened is not None  # it is a file
                 parts[extension.lower()] = opened.read()
@@ -70,14 +71,16 @@ def read_shard(stream: IO[bytes], name: str) -> Iterator[CaptionedImage | Fault]
 
 
 def decode_image(data: bytes, size: int) -> UInt8[np.ndarray, "channel height width"]:
-    """Decode, scale the shorter side to `size` (antialiased) and crop the middle: (3, size, size), RGB on white.
+    """Decode upright, scale the shorter side to `size` (antialiased), crop the middle: (3, size, size), RGB on white.
 
     Raises:
         ValueError: when the bytes are no image that Pillow can decode.
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            image = opened.convert("RGBA") if opened.mode in ("RGBA", "LA", "P") else opened.convert("RGB")
+            opened.draft("RGB", (size, size))  # a large JPEG is decoded at a fraction of its size, never below `size`
+            upright = ImageOps.exif_transpose(opened)
+            image = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
         raise ValueError(f"does not decode: {type(error).__name__}: {error}") from None
     if image.mode == "RGBA":
@@ -88,6 +91,20 @@ def decode_image(data: bytes, size: int) -> UInt8[np.ndarray, "channel height wi
         left, top = (width - side) // 2, (height - side) // 2
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+class _StrictMember(tarfile.TarInfo):
+    """tarfile takes a damaged header, or a file that stops after a member, for the end of the archive: rows would be
+    missing without a word. The end is the mark of zeros that every archive closes with."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictMember":
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"breaks off: {error}") from None
 
 
 def _sample(key: str, parts: dict[str, bytes]) -> CaptionedImage | Fault:
@@ -101,12 +118,19 @@ def _sample(key: str, parts: dict[str, bytes]) -> CaptionedImage | Fault:
         except ValueError as error:
             return Fault(key, "caption", f"its json does not parse: {error}")
         record = loaded if isinstance(loaded, dict) else {}
-    given = record.get("captions", record.get("caption"))
+    several, one = record.pop("captions", None), record.pop("caption", None)
+    given = several or one
     if given is None and "txt" in parts:
         given = parts["txt"].decode("utf-8", "replace")
-    texts = [given] if isinstance(given, str) else given if isinstance(given, list) else []
-    captions = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
-    if not captions:
+    return sample_of(key, image, given, record)
+
+
+def sample_of(key: str, image: bytes | None, captions: Any, rest: Mapping[str, Any]) -> CaptionedImage | Fault:
+    """A sample as every source gives it: `captions` is a string or a list of them, `rest` what else is known of it."""
+    if image is None:
+        return Fault(key, "image", "missing")
+    texts = [captions] if isinstance(captions, str) else captions if isinstance(captions, list) else []
+    kept = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    if not kept:
         return Fault(key, "caption", "empty or missing")
-    tags = {name: value for name, value in record.items() if isinstance(value, str) and name != "caption"}
-    return CaptionedImage(key, image, captions, tags)
+    return CaptionedImage(key, image, kept, {name: value for name, value in rest.items() if isinstance(value, str)})
