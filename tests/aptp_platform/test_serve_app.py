@@ -306,9 +306,7 @@ def test_a_replica_that_is_killed_under_load_costs_nobody_an_image(
     url: str, http: httpx.Client, library: AptpPipeline, name: str
 ) -> None:
     body = {"prompt": PROMPTS[0], "model": "code-00", "num_inference_steps": 60}
-    wanted = {
-        seed: library([PROMPTS[0]], num_inference_steps=60, guidance_scale=GUIDANCE, seeds=[seed]) for seed in (1, 2)
-    }
+    wanted = library([PROMPTS[0]] * 2, num_inference_steps=60, guidance_scale=GUIDANCE, seeds=[0, 1]).images
 
     def draw(seed: int) -> httpx.Response:
         return httpx.post(f"{url}/v1/images/generations", json={**body, "seed": seed}, timeout=120)

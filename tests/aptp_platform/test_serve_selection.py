@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from aptp_platform.serve.orders import TEACHER, Catalog, ModelFacts, ModelLoad, Order, Refusal
-from aptp_platform.serve.selection import Situation, choose
+from aptp_platform.serve.orders import TEACHER, Catalog, Choice, ModelFacts, ModelLoad, Order, Refusal
+from aptp_platform.serve.selection import Situation, choose, decide
 
 CATALOG = Catalog(
     "0123456789ab",
@@ -83,6 +83,37 @@ def test_a_queue_counts_and_makes_the_refusal_a_temporary_one() -> None:
     with pytest.raises(Refusal) as caught:
         choose(replace(ORDER, deadline_ms=50), NEAR_0, busy)
     assert (caught.value.status, caught.value.retry) == (422, False)
+
+
+def test_a_busy_code_overflows_to_the_nearest_of_its_size_with_room() -> None:
+    """10 steps of 10 ms at code-00 and a target of 250 ms: two waves of four."""
+    busy = replace(TIMED, target_ms=250, loads={"code-00": ModelLoad(8, 10.0, 1), "code-01": ModelLoad(4, 16.0, 1)})
+    (choice,) = decide([ORDER], [(0.9, 0.8, 0.7)], busy)
+    assert isinstance(choice, Choice)
+    assert (choice.model, choice.routed, choice.reason) == ("code-02", "code-00", "overflow"), "code-01 is full too"
+    twice = replace(busy, loads={**busy.loads, "code-00": ModelLoad(8, 10.0, replicas=2)})
+    (choice,) = decide([ORDER], [(0.9, 0.8, 0.7)], twice)
+    assert isinstance(choice, Choice)
+    assert choice.reason == "routed", "a second replica is room"
+
+
+def test_without_a_target_only_a_code_without_a_replica_overflows() -> None:
+    busy = replace(IDLE, loads={"code-00": ModelLoad(999, 10.0, 1)})
+    asleep = replace(IDLE, loads={"code-00": ModelLoad(replicas=0)})
+    (first,), (second,) = (decide([ORDER], [NEAR_0], situation) for situation in (busy, asleep))
+    assert isinstance(first, Choice)
+    assert isinstance(second, Choice)
+    assert (first.model, first.reason) == ("code-00", "routed")
+    assert (second.model, second.routed, second.reason) == ("code-02", "code-00", "cold")
+
+
+def test_orders_that_arrive_together_are_decided_each_by_its_own_wishes() -> None:
+    orders = [ORDER, replace(ORDER, budget=0.1), replace(ORDER, model=TEACHER)]
+    first, second, third = decide(orders, [NEAR_0] * 3, IDLE)
+    assert isinstance(first, Choice)
+    assert isinstance(second, Refusal)
+    assert isinstance(third, Choice)
+    assert (first.reason, second.status, third.reason) == ("routed", 422, "asked")
 
 
 def test_a_refusal_survives_the_way_between_processes() -> None:

@@ -42,9 +42,12 @@ def build(args: ServeArgs) -> Application:
         )
         for model, (name, settings) in models.items()
     }
+    deployments = {model: name for model, (name, _) in models.items()}
     batch_sizes = {model: settings.max_batch_size for model, (_, settings) in models.items()}
     router_options = _options(args.router.num_cpus, args.router.scaling, args.drain_s)
-    router = serve.deployment(name="Router", **router_options)(Router).bind(source, catalog, args, experts, batch_sizes)
+    router = serve.deployment(name="Router", **router_options)(Router).bind(
+        source, catalog, args, experts, deployments, batch_sizes
+    )
     ingress_options = _options(args.ingress.num_cpus, args.ingress.scaling, args.drain_s)
     return serve.deployment(name="Ingress", **ingress_options)(Ingress).bind(router, catalog, args)
 

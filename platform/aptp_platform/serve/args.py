@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from aptp_platform.config import StorageConfig
+from aptp_platform.storage import StorageConfig
 
 
 class _Section(BaseModel):
@@ -76,6 +76,10 @@ class RouterArgs(_Section):
     num_threads: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=32, ge=1, description="prompts encoded together")
     batch_wait_s: float = Field(default=0.002, ge=0)
+    target_ms: float | None = Field(
+        default=None, gt=0, description="of an image; a prompt whose code would miss it goes to a neighbour with room"
+    )
+    status_s: float = Field(default=2.0, gt=0, description="how often the replicas are counted")
     attempts: int = Field(default=3, ge=1, description="runs of an order whose replicas die")
     scaling: ScalingArgs = ScalingArgs(target_ongoing_requests=64)
 

@@ -55,6 +55,9 @@ class Expert:
             async for image in ticket.images():
                 yield await asyncio.to_thread(self._picture, order, seed, image)
 
+    async def wake(self) -> None:
+        """Does nothing; a call that waits is what makes Serve start a replica where there is none."""
+
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica whose engine has ended."""
         self._engine.check()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from aptp_platform.serve.orders import OutputFormat
 
-MEDIA_TYPES: dict[OutputFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _IMAGE_DESCRIPTION: Final = 0x010E  # the EXIF tag
 
 

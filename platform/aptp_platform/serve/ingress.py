@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -127,7 +128,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs) -> FastAPI:
                 "status": "ready",
                 "release": catalog.release,
                 "size": f"{catalog.size[0]}x{catalog.size[1]}",
-                "models": {name: {"running": load.running, "step_ms": load.step_ms} for name, load in loads.items()},
+                "models": {name: asdict(load) for name, load in loads.items()},
             }
         )
 

@@ -18,8 +18,7 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from aptp_platform.serve.args import ImageArgs
-from aptp_platform.serve.images import MEDIA_TYPES
-from aptp_platform.serve.orders import AUTO, Catalog, Choice, Order, OutputFormat, Picture, Refusal
+from aptp_platform.serve.orders import AUTO, MEDIA_TYPES, Catalog, Choice, Order, OutputFormat, Picture, Refusal
 
 NUM_SEEDS: Final = 2**32
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")

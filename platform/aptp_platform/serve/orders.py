@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-Reason = Literal["routed", "asked", "budget", "deadline", "overflow"]
+Reason = Literal["routed", "asked", "budget", "deadline", "overflow", "cold"]
+MEDIA_TYPES: Final[dict[OutputFormat, str]] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AUTO = "auto"  # the model name that lets the router choose
 TEACHER = "teacher"
 
@@ -108,11 +109,15 @@ class Catalog:
 
 @dataclass(frozen=True)
 class ModelLoad:
-    """A model as a router sees it now. running: images ordered and not there yet. step_ms: of one denoising step of an
-    image, in the company that it had; None before the first."""
+    """A model as a router sees it now.
+
+    running: images ordered and not there yet. step_ms: of one denoising step of an image, in the company that it had;
+    None before the first. replicas: that run; None before it is known.
+    """
 
     running: int = 0
     step_ms: float | None = None
+    replicas: int | None = None
 
 
 class Refusal(Exception):  # noqa: N818 - a refusal is an answer, not a failure

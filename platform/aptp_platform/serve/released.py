@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from aptp.release import BrokenReleaseError, Release, file_sha256, read_release
-from aptp_platform.config import StorageConfig
 from aptp_platform.serve.orders import TEACHER, Catalog, ModelFacts, code_name
-from aptp_platform.storage import Store
+from aptp_platform.storage import StorageConfig, Store
 
 _MANIFEST: Final = "release.json"
 _TEACHER_FOLDER: Final = "pipeline/unet/"

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,8 @@ from aptp_platform.serve.drift import DriftMonitor
 from aptp_platform.serve.metrics import RouterMetrics
 from aptp_platform.serve.orders import Accepted, Catalog, Choice, ModelLoad, Order, Picture, Refusal
 from aptp_platform.serve.released import ReleaseSource
-from aptp_platform.serve.selection import Situation, choose
+from aptp_platform.serve.replicas import ReplicaCounts
+from aptp_platform.serve.selection import Situation, decide
 
 _SMOOTHING: Final = 0.2  # weight of the newest image in a model's mean step time
 _MAX_RETRY_AFTER_S: Final = 60.0  # clients give up above two minutes
@@ -36,6 +37,7 @@ class Router:
         catalog: Catalog,
         args: ServeArgs,
         experts: Mapping[str, DeploymentHandle[Any]],
+        deployments: Mapping[str, str],
         batch_sizes: Mapping[str, int],
     ) -> None:
         torch.set_num_threads(args.router.num_threads or max(1, int(args.router.num_cpus)))
@@ -45,16 +47,20 @@ class Router:
         self._steps: Counter[str] = Counter()  # denoising steps of those images
         self._step_ms: dict[str, float] = {}
         self._metrics, self._decisions = RouterMetrics(), DecisionLog(args.decisions, catalog)
+        self._replicas = ReplicaCounts(deployments, args.router.status_s)
+        self._waking: dict[str, asyncio.Future[Any]] = {}
         self._code_indices = {code.name: index for index, code in enumerate(catalog.codes)}
         self._drift = DriftMonitor([code.share or 0.0 for code in catalog.codes])
-        batched: Any = self._similarities
+        batched: Any = self._decide
         batched.set_max_batch_size(args.router.max_batch_size)
         batched.set_batch_wait_timeout_s(args.router.batch_wait_s)
 
     async def route(self, order: Order) -> Choice:
         """The model that the order would go to now."""
-        similarities = await self._similarities(order.prompt)
-        return choose(order, similarities, Situation(self._catalog, self._batch_sizes, await self.loads()))
+        choice = await self._decide(order)
+        if isinstance(choice, Refusal):
+            raise choice
+        return choice
 
     async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
         """The order's images, one a seed."""
@@ -86,8 +92,11 @@ class Router:
 
     async def loads(self) -> dict[str, ModelLoad]:
         """Every model's load as this replica sees it."""
+        self._replicas.follow()
         return {
-            model.name: ModelLoad(self._running[model.name], self._step_ms.get(model.name))
+            model.name: ModelLoad(
+                self._running[model.name], self._step_ms.get(model.name), self._replicas.counts.get(model.name)
+            )
             for model in self._catalog.models
         }
 
@@ -137,6 +146,23 @@ class Router:
             self._decisions.write(order, choice, outcome, seconds)
 
     @serve.batch  # type: ignore[untyped-decorator, unused-ignore]
-    async def _similarities(self, prompts: list[str]) -> list[tuple[float, ...]]:
-        routes = await asyncio.to_thread(self._prompts.route, prompts)
-        return [tuple(row) for row in routes.similarities.tolist()]
+    async def _decide(self, orders: list[Order]) -> list[Choice | Refusal]:
+        routes = await asyncio.to_thread(self._prompts.route, [order.prompt for order in orders])
+        loads = await self.loads()
+        situation = Situation(self._catalog, self._batch_sizes, loads, self._args.target_ms)
+        choices = decide(orders, routes.similarities.tolist(), situation)
+        for choice in choices:
+            if isinstance(choice, Choice) and choice.reason == "cold":
+                self._wake(choice.routed)
+        return choices
+
+    def _wake(self, model: str) -> None:
+        """Starts a replica of a code that has none, while its neighbours serve it."""
+
+        async def wake() -> None:
+            with suppress(Refusal):
+                await call(lambda: self._experts[model].wake.remote(), attempts=1)
+            del self._waking[model]
+
+        if model not in self._waking:
+            self._waking[model] = asyncio.ensure_future(wake())

@@ -4,17 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from aptp_platform.serve.orders import AUTO, TEACHER, Catalog, Choice, ModelFacts, ModelLoad, Order, Reason, Refusal
+from aptp_platform.serve.overflow import place
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a decision rests on besides the prompt. batch_sizes: images that each model makes at once."""
+    """What a decision rests on besides the prompt.
+
+    batch_sizes: images that one replica of each model makes at once. target_ms: an image that would take longer at its
+    nearest code goes to a neighbour with room; None: only a code without a replica is left alone.
+    """
 
     catalog: Catalog
     batch_sizes: Mapping[str, int]
     loads: Mapping[str, ModelLoad] = field(default_factory=dict)
+    target_ms: float | None = None
+
+    def load(self, name: str) -> ModelLoad:
+        return self.loads.get(name, ModelLoad())
+
+    def slots(self, name: str) -> int:
+        """Images that a model makes at once; at least one replica's, since one would be started."""
+        return self.batch_sizes[name] * max(1, self.load(name).replicas or 1)
+
+    def is_cold(self, name: str) -> bool:
+        """Whether a model has no replica now."""
+        return self.load(name).replicas == 0
+
+    def room(self, order: Order, model: ModelFacts) -> float:
+        """How many more images like the order's a model takes before one would miss the target."""
+        if self.is_cold(model.name):
+            return 0.0
+        alone = self.alone_ms(order, model)
+        if self.target_ms is None or not alone:
+            return inf
+        return max(0.0, self.slots(model.name) * (self.target_ms // alone) - self.load(model.name).running)
 
     def alone_ms(self, order: Order, model: ModelFacts) -> float | None:
         """Milliseconds to one image without a queue.
@@ -33,14 +60,36 @@ class Situation:
         alone = self.alone_ms(order, model)
         if alone is None:
             return None
-        return alone * (1 + self.loads.get(model.name, ModelLoad()).running // self.batch_sizes[model.name])
+        return alone * (1 + self.load(model.name).running // self.slots(model.name))
 
 
-def choose(order: Order, similarities: Sequence[float], situation: Situation) -> Choice:
+def decide(
+    orders: Sequence[Order], similarities: Sequence[Sequence[float]], situation: Situation
+) -> list[Choice | Refusal]:
+    """The choices of orders that arrived together; those that leave the model to the router share the codes' room."""
+    free = [i for i, o in enumerate(orders) if o.model == AUTO and o.budget is None and o.deadline_ms is None]
+    homes: dict[int, ModelFacts] = {}
+    if free:
+        codes = situation.catalog.codes
+        rooms = [min(situation.room(orders[index], code) for index in free) for code in codes]
+        placed = place([similarities[index] for index in free], [code.ratio for code in codes], rooms)
+        homes = {index: codes[code] for index, code in zip(free, placed, strict=True)}
+    answers: list[Choice | Refusal] = []
+    for index, order in enumerate(orders):
+        try:
+            answers.append(choose(order, similarities[index], situation, homes.get(index)))
+        except Refusal as refusal:
+            answers.append(refusal)
+    return answers
+
+
+def choose(
+    order: Order, similarities: Sequence[float], situation: Situation, placed: ModelFacts | None = None
+) -> Choice:
     """The model of an order.
 
     A model that was asked for is taken, if it fits. Under a budget or a deadline it is the largest model that fits, of
-    equally large ones the nearest to the prompt. Else it is the nearest code.
+    equally large ones the nearest to the prompt. Else it is the nearest code, or where `decide` placed the order.
 
     Args:
         similarities: the prompt's, to each code in the catalog's order.
@@ -54,6 +103,8 @@ def choose(order: Order, similarities: Sequence[float], situation: Situation) ->
     candidates = catalog.models if order.model == AUTO else (catalog.find(order.model),)
     reason: Reason = "routed" if order.model == AUTO else "asked"
     chosen = routed if order.model == AUTO else candidates[0]
+    if placed is not None and placed != routed:
+        chosen, reason = placed, "cold" if situation.is_cold(routed.name) else "overflow"
     if order.budget is not None or order.deadline_ms is not None:
         fitting = _within_deadline(order, _within_budget(order, candidates), situation)
         nearness = {code.name: value for code, value in zip(catalog.codes, similarities, strict=True)}
