@@ -54,6 +54,8 @@ class PruningConfig:
     warmup_steps: steps in which each prompt's own gates are used and the task reaches the predictor, not the codes.
     contrastive: "row" does not depend on the batch size; paper() gives "bce" with weight 100.
     pull_weight: 0 in the official code, where nothing makes inference agree with the transport.
+    spread_weight, largest_weight: 0.1 in the official code. They reward codes for differing in size whether or not
+        their prompts need it, without bound: runs end with one code nearly whole and the others starved.
     assignment_noise: the official code assigns by noisy gates; without noise a prompt is trained as it will be routed.
     forward_gates: "soft" samples in the forward pass, or "hard" ones, straight through.
     transport_epsilon: 0.05 in the paper; similarities of codes of one budget differ by hundredths, so the plan is then
@@ -72,8 +74,8 @@ class PruningConfig:
     contrastive_temperature: float = 0.03
     pull_weight: float = 1.0
     pull_temperature: float = 0.1
-    spread_weight: float = 0.1
-    largest_weight: float = 0.1
+    spread_weight: float = 0.0
+    largest_weight: float = 0.0
     snr_gamma: float = 5.0
     normalise_features: bool = True
     assignment_noise: bool = False
@@ -101,6 +103,8 @@ class PruningConfig:
             contrastive="bce",
             contrastive_weight=100.0,
             pull_weight=0.0,
+            spread_weight=0.1,
+            largest_weight=0.1,
             normalise_features=False,
             assignment_noise=True,
             transport_epsilon=0.05,

@@ -7,9 +7,13 @@ import tiny
 import torch
 from diffusers import DDPMScheduler
 
+from aptp.baselines import magnitude_code, random_code, uniform_code
 from aptp.codes import PruningSpace
 from aptp.cost import CostTable, cost_table
+from aptp.gates import gated
 from aptp.latents import Batch
+from aptp.losses import NoiseSchedule, output_loss, sample_noise
+from aptp.metrics import paired_denoising_loss
 from aptp.pruning import PruningConfig, PruningStage, calibrate_budget
 from aptp.router import Router, RouterConfig, UnusedCodeError
 from aptp.sites import read_space
@@ -141,6 +145,54 @@ def test_every_option_gives_finite_terms_and_gradients(unet, space, table, confi
     assert all(torch.isfinite(term) for term in loss.terms.values())
     assert all(torch.isfinite(parameter.grad).all() for parameter in stage.router.parameters())
     assert set(loss.weights) == set(loss.terms) - {"denoising"}
+
+
+def test_a_short_run_finds_better_codes_than_those_that_are_not_learned(space, table):
+    """Six captions, six noisy patterns; a network that has learned them; 100 steps of stage 1 with 8 prompts each."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.nn.functional.interpolate(torch.randn(6, 4, 4, 4, generator=generator), size=(8, 8))
+    texts, embeddings = torch.randn(6, 5, 24, generator=generator), torch.randn(6, 16, generator=generator)
+
+    def draw(count: int) -> Batch:
+        kind = torch.randint(6, (count,), generator=generator)
+        noise = [0.3 * torch.randn(count, *like.shape[1:], generator=generator) for like in (patterns, embeddings)]
+        return Batch(patterns[kind] + noise[0], texts[kind], embeddings[kind] + noise[1])
+
+    unet, schedule = tiny.unet(), NoiseSchedule(SCHEDULER)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    for _ in range(150):
+        batch = draw(8)
+        noise, t = sample_noise(batch.latents, len(schedule), generator)
+        prediction = unet(schedule.noisy(batch.latents, noise, t), t, batch.text_states).sample
+        optimizer.zero_grad()
+        output_loss(prediction, schedule.target(batch.latents, noise, t)).backward()
+        optimizer.step()
+
+    held_out = draw(128)
+    noise, t = sample_noise(held_out.latents, len(schedule), generator)
+
+    def loss_of(masks: torch.Tensor) -> float:
+        with gated(unet, space) as gates:
+            gates.set(masks)
+            losses = paired_denoising_loss(unet, schedule, held_out.latents, held_out.text_states, noise, t)
+        return float(losses.mean())
+
+    stage = a_stage(unet, space, table)
+    optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.03, weight_decay=0.0)
+    for step in range(100):
+        optimizer.zero_grad()
+        run(stage, draw(8), step).total.backward()
+        optimizer.step()
+    calibrate_budget(stage.router, held_out.embeddings, table, 0.6, tolerance=0.02, balance=True)
+    codes = torch.stack([code.mask for code in stage.router.architecture_codes()])
+    learned = loss_of(codes[stage.router.route_embeddings(held_out.embeddings).indices])
+    whole = loss_of(torch.ones(1, len(space)))
+    for other in (
+        uniform_code(unet, space, table, 0.6),
+        magnitude_code(unet, space, table, 0.6),
+        random_code(space, table, 0.6, generator=generator),
+    ):
+        assert learned - whole < 0.5 * (loss_of(other.mask[None]) - whole)
 
 
 def test_a_step_is_a_function_of_its_generators(unet, space, table):
