@@ -60,7 +60,7 @@ class CostTable:
         if mask.ndim != 2 or mask.shape[1] != len(self.space):
             raise ValueError(f"mask of shape {tuple(mask.shape)}: this space takes (batch, {len(self.space)})")
         entry_macs, owner_of_entry, depth_macs = (values.to(mask.device) for values in self._tensors)
-        width, depth = mask.double().split([self.space.width_entries, len(self.space.depth)], dim=1)
+        width, depth = mask[:, : self.space.width_entries].double(), mask[:, self.space.width_entries :].double()
         always = depth.new_ones(len(mask), 1)
         owner_gate = torch.cat([depth, always], dim=1).index_select(1, owner_of_entry)
         return (width * owner_gate) @ entry_macs + depth @ depth_macs + self.fixed

@@ -52,8 +52,8 @@ class Gates:
         self._entry_of_channel = self._entry_of_channel.to(mask.device)
         spread = mask.index_select(1, self._entry_of_channel)
         self._values = _Values(
-            width=spread.split([site.channels for site in self._space.width], dim=1),
-            depth=mask[:, self._space.width_entries :].split(1, dim=1),
+            width=torch.split_with_sizes(spread, [site.channels for site in self._space.width], dim=1),
+            depth=torch.unbind(mask[:, self._space.width_entries :, None], dim=1),
         )
 
     @contextmanager

@@ -120,6 +120,8 @@ def read_space(
     Raises:
         ValueError: the model's class, or a layer in it, is not in the tables; or a granule does not divide a layer.
     """
+    if depth not in ("last", "every", "none"):
+        raise ValueError(f"depth {depth!r} is not one of last, every, none")
     backbone = backbone_of(unet)
     layers = list(backbone.layers(unet))
     width = [site for layer in layers for site in _width_sites(unet, layer.path, granule)]

@@ -87,7 +87,7 @@ def _module_around(model: nn.Module, site: Site) -> nn.Module:
 
 def _cut_rows(parameter: nn.Parameter, keep: Int[Tensor, " channel"], channels: int) -> nn.Parameter:
     """Keep the same channels in each of the stacks that the rows consist of (GEGLU makes two)."""
-    stacks = parameter.detach().unflatten(0, (-1, channels))
+    stacks = parameter.detach().reshape(-1, channels, *parameter.shape[1:])
     rows = stacks.index_select(1, keep.to(parameter.device)).flatten(0, 1)
     return nn.Parameter(rows, requires_grad=parameter.requires_grad)
 

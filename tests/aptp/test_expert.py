@@ -53,7 +53,15 @@ def test_half_precision_and_fine_tuned_weights_are_kept(tmp_path):
     again = load_expert(tmp_path)
     assert again.dtype == torch.bfloat16
     assert torch.equal(again.conv_in.weight, small.conv_in.weight)
-    again.train()(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in tiny.inputs(again).items()})
+
+
+def test_a_loaded_expert_trains_without_touching_its_file(tmp_path):
+    written(tmp_path)
+    before = (tmp_path / "expert.safetensors").read_bytes()
+    again = load_expert(tmp_path).train()
+    again(**tiny.inputs(again)).sample.mean().backward()
+    torch.optim.SGD(again.parameters(), lr=1).step()
+    assert (tmp_path / "expert.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("load", [UNet2DConditionModel.from_pretrained, AutoModel.from_pretrained])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from aptp.codes import ArchitectureCode
 from aptp.gates import block_features, gated
@@ -111,21 +112,21 @@ def test_wrong_masks_and_foreign_spaces_are_refused():
 @torch.no_grad()
 def test_a_dropped_layer_passes_the_stream_and_not_the_skip():
     """The oracle is the network with that layer's forward replaced by hand."""
-    for space in (read_space(tiny.unet()), read_space(tiny.unet(), depth="every")):
-        for site in space.depth:
-            unet, mask = tiny.unet(), torch.ones(1, len(space))
-            inputs = tiny.inputs(unet)
-            mask[:, space.slice_of(site.name)] = 0
-            with gated(unet, space) as gates:
-                gates.set(mask)
-                dropped = run(unet, **inputs)
-            layer = unet.get_submodule(site.name)
-            if site.kind == "resnet":
-                width = layer.conv2.out_channels
-                layer.forward = lambda hidden, temb, width=width: hidden.split([width, hidden.shape[1] - width], 1)[0]
-            else:
-                layer.forward = lambda hidden, **_: (hidden,)
-            torch.testing.assert_close(run(unet, **inputs), dropped, atol=1e-6, rtol=1e-5)
+    space = read_space(tiny.unet(), depth="every")
+    for site in space.depth:
+        unet, mask = tiny.unet(), torch.ones(1, len(space))
+        inputs = tiny.inputs(unet)
+        mask[:, space.slice_of(site.name)] = 0
+        with gated(unet, space) as gates:
+            gates.set(mask)
+            dropped = run(unet, **inputs)
+        layer = unet.get_submodule(site.name)
+        if site.kind == "resnet":
+            width = layer.conv2.out_channels
+            layer.forward = lambda hidden, temb, width=width: hidden.split([width, hidden.shape[1] - width], 1)[0]
+        else:
+            layer.forward = lambda hidden, **_: (hidden,)
+        torch.testing.assert_close(run(unet, **inputs), dropped, atol=1e-6, rtol=1e-5)
 
 
 def task_gradient(model, space, mask, inputs):
@@ -174,9 +175,10 @@ def test_the_gradient_of_a_gate_is_that_of_finite_differences(model):
             assert (values[0] - values[1]) / 2e-4 == pytest.approx(float(gradient[0, entry]), rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["unet", "pixart"])
 @pytest.mark.parametrize("after_leaving", [False, True])
-def test_gradient_checkpointing_recomputes_under_the_same_gates(model, after_leaving):
-    model.train().requires_grad_(True)
+def test_gradient_checkpointing_recomputes_under_the_same_gates(name, after_leaving):
+    model = tiny.MODELS[name]().train()
     space, inputs = read_space(model), tiny.inputs(model)
     mask = random_mask(space, 2)
 
@@ -260,7 +262,7 @@ def test_block_features_are_the_hidden_outputs_of_the_stages():
 def test_features_are_not_collected_twice_when_recomputed():
     model = tiny.pixart().train()
     model.enable_gradient_checkpointing()
-    with block_features(model) as features:
+    with block_features(model) as features, set_checkpoint_early_stop(False):
         loss = run(model, **tiny.inputs(model)).mean() + sum(f.mean() for f in features)
         loss.backward()
         assert len(features) == 4

@@ -7,6 +7,7 @@ import tiny
 import torch
 import torch_pruning
 from diffusers import UNet2DConditionModel
+from tiny_pipeline import build_pipeline
 from torch import nn
 
 from aptp.codes import ArchitectureCode
@@ -155,6 +156,21 @@ def test_a_slice_is_a_stock_model_that_trains_checkpoints_and_slices_again():
     smaller = slice_unet(small, ArchitectureCode.smallest(again))
     assert smaller(**tiny.inputs(smaller)).sample.isfinite().all()
     assert copy.deepcopy(small).state_dict().keys() == small.state_dict().keys()
+
+
+def test_a_stock_pipeline_generates_with_a_slice():
+    pipeline = build_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    small = slice_unet(pipeline.unet, tiny.random_code(read_space(pipeline.unet)))
+    pruned = type(pipeline)(**pipeline.components | {"unet": small}, requires_safety_checker=False)
+    pruned.set_progress_bar_config(disable=True)
+    (whole,), (cut,) = (
+        p("a b", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+        for p in (pipeline, pruned)
+    )
+    assert cut.shape == whole.shape
+    assert cut.isfinite().all()
+    assert not torch.equal(cut, whole)
 
 
 @torch.no_grad()
