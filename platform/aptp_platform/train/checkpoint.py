@@ -1,0 +1,112 @@
+"""A worker group's state on disk: whole tensors in safetensors, shared out over the ranks, and where the run stands.
+
+    rank-00-of-02.safetensors   every second parameter: value, exp_avg, exp_avg_sq; on rank 0 the buffers too
+    checkpoint.json             written by rank 0: step, ranks, the names that all files together hold, the config
+
+Frozen parameters are not in it. Since tensors are whole, any number of workers can go on from it.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aptp_platform.config import ConfigError
+from aptp_platform.train.engine import restore_moments, trainable, whole_state
+
+_INDEX = "checkpoint.json"
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+    """Write this rank's part of the state after `step` steps; every rank calls it, each with a folder of its own.
+
+    Args:
+        config: what the run depends on, as plain data; only a run with the same one may go on from here.
+    """
+    rank, ranks = engine.global_rank, engine.world_size
+    part: dict[str, Tensor] = {}
+    names = []
+    for number, (name, state) in enumerate(whole_state(engine)):
+        names += [f"{key}/{name}" for key in state]
+        if number % ranks == rank:
+            part |= {f"{key}/{name}": tensor.detach().cpu().clone() for key, tensor in state.items()}
+    buffers = {f"buffer/{name}": tensor.cpu().clone() for name, tensor in _buffers(engine.module).items()}
+    if rank == 0:
+        part |= buffers
+        index = {"step": step, "ranks": ranks, "names": [*names, *buffers], "config": dict(config)}
+        (folder / _INDEX).write_text(json.dumps(index))
+    save_file(part, folder / _file(rank, ranks))
+
+
+class Restored:
+    """A whole checkpoint, open for reading.
+
+    Raises:
+        ConfigError: it was written under another config (what differs is named), or a part of it is missing.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._open = ExitStack()
+        index = json.loads((folder / _INDEX).read_text())
+        if found := differences(index["config"], dict(config)):
+            raise ConfigError(
+                f"{folder}: this checkpoint belongs to another config ({'; '.join(found[:3])}): give the run a "
+                "root of its own, or remove its checkpoints"
+            )
+        self.step: int = index["step"]
+        self._files: dict[str, Any] = {}
+        for rank in range(index["ranks"]):
+            path = folder / _file(rank, index["ranks"])
+            if path.is_file():
+                opened = self._open.enter_context(safe_open(path, framework="pt"))
+                self._files |= dict.fromkeys(opened.keys(), opened)
+        if missing := sorted(set(index["names"]) - set(self._files)):
+            raise ConfigError(
+                f"{folder}: a part of this checkpoint is missing ({len(missing)} tensors, {missing[0]} first): remove "
+                "it and go on from the one before"
+            )
+
+    def __enter__(self) -> "Restored":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module) -> None:
+        """Values and buffers; before an engine is built on the module."""
+        for name, parameter in trainable(module).items():
+            parameter.copy_(self._tensor("value", name))
+        for name, buffer in _buffers(module).items():
+            buffer.copy_(self._tensor("buffer", name))
+
+    def fill_moments(self, engine: Any) -> None:
+        """The optimizer's memory; into an engine built on a filled module."""
+        restore_moments(engine, self._tensor, self.step)
+
+    def _tensor(self, kind: str, name: str) -> Tensor:
+        key = f"{kind}/{name}"
+        return self._files[key].get_tensor(key)
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
+
+
+def _file(rank: int, ranks: int) -> str:
+    return f"rank-{rank:02d}-of-{ranks:02d}.safetensors"
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The fields in which two trees of plain data differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}".strip("."))]
+    return [] if old == new else [f"{where}: {old!r}, now {new!r}"]

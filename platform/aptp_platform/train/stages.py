@@ -1,0 +1,200 @@
+"""From a run's config to what its workers train: the two stages, picklable values that build themselves on a worker."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aptp.cost import CostTable, cost_table
+from aptp.expert import load_expert, read_expert_info, save_expert
+from aptp.finetuning import FinetuningStage
+from aptp.latents import Batch, encode_texts
+from aptp.losses import LossTerms
+from aptp.pruning import PruningStage, calibrate_budget
+from aptp.router import Router, RouterConfig
+from aptp.sites import read_space
+from aptp_platform.config import RunConfig, TrainingConfig, to_tree
+from aptp_platform.models import Parts, load_pipeline_parts
+from aptp_platform.storage import Store
+from aptp_platform.train.engine import compute_in
+from aptp_platform.train.loop import Summary, Work
+from aptp_platform.train.stream import Stream, latent_size
+
+CALIBRATION_PROMPTS = 4096  # the budget is met on so many prompts of the training set, evenly taken
+
+
+@dataclass(frozen=True)
+class PruneStage:
+    """Router and codes learn on the frozen, gated UNet; publishes `pruned/router/`."""
+
+    config: RunConfig
+    stream: Stream
+    name: str = "prune"
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.config.prune
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def log(self) -> Store:
+        return Store.open(self.config.root, self.config.storage).join("pruned", "tensorboard")
+
+    def depends_on(self) -> Mapping[str, Any]:
+        return _depends_on(self.config, self.training, "model", "router", "pruning")
+
+    def build(self, device: torch.device) -> Work:
+        config, parts = self.config, load_pipeline_parts(self.config.model, self.config.storage)
+        embeddings = self.stream.embeddings(CALIBRATION_PROMPTS)
+        space = read_space(parts.unet)
+        table = cost_table(
+            parts.unet,
+            space,
+            latent_size=latent_size(self.stream.encoded),
+            num_text_tokens=parts.tokenizer.model_max_length,
+        )
+        shape = RouterConfig(config.router.num_codes, embeddings.shape[1])
+        router = Router(space, shape, generator=torch.Generator().manual_seed(config.seed))
+        router.centre_embeddings(embeddings)
+        objective = replace(config.pruning, budget=config.router.budget)
+        module = PruningStage(parts.unet, space, table, router, parts.scheduler, objective)
+        compute_in(parts.unet, self.training.engine.precision)
+        return Work(
+            module,
+            partial(_batches, self.stream, parts, self.training, device),
+            self._facts,
+            partial(self._finish, module, table, embeddings),
+        )
+
+    def _facts(self, terms: LossTerms) -> dict[str, float | str]:
+        usage = terms.metrics["usage"]
+        return {
+            "ratio": float(terms.metrics["ratio"]),
+            "target": self.config.router.budget,
+            "usage": f"{float(usage.min()):.2f}-{float(usage.max()):.2f}",
+        }
+
+    def _finish(
+        self, module: PruningStage, table: CostTable, embeddings: Tensor, values: Mapping[str, Tensor]
+    ) -> Summary:
+        """Meet the budget on prompts as they will be routed, make sure that every code has some, publish."""
+        learned = {**module.learned_state(), **values}
+        router = Router(module.space, module.router.config)
+        state = {name.removeprefix("router."): value for name, value in learned.items() if name.startswith("router.")}
+        router.load_state_dict({name: value.cpu() for name, value in state.items()})
+        found = calibrate_budget(router.eval(), embeddings, table, self.config.router.budget, balance=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            router.save(Path(scratch) / "router")
+            pruned = Store.open(self.config.root, self.config.storage).join("pruned")
+            pruned.publish(Path(scratch) / "router", "router", last=("router.json",))
+        bits = torch.stack([code.bits for code in router.architecture_codes()]).float()
+        return {
+            "codes": router.num_codes,
+            "MACs ratio": round(found.ratio, 4),
+            "budget": self.config.router.budget,
+            "before calibration": round(found.ratio_before, 4),
+            "ratios": [round(ratio, 4) for ratio in table.ratio(bits).tolist()],
+            "usage": [round(share, 4) for share in found.usage],
+        }
+
+
+@dataclass(frozen=True)
+class FinetuneStage:
+    """One cut network learns from the full one, on its own captions; publishes `finetuned/<network>/`."""
+
+    config: RunConfig
+    stream: Stream
+    network: str  # a folder of `cut/`: a code's number or a baseline's name
+
+    @property
+    def name(self) -> str:
+        return f"finetune-{self.network}"
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.config.finetune
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def log(self) -> Store:
+        return Store.open(self.config.root, self.config.storage).join("finetuned", "tensorboard", self.network)
+
+    def depends_on(self) -> Mapping[str, Any]:
+        return _depends_on(self.config, self.training, "model", "router", "pruning", "finetuning")
+
+    def build(self, device: torch.device) -> Work:
+        parts = load_pipeline_parts(self.config.model, self.config.storage)
+        with tempfile.TemporaryDirectory() as scratch:
+            cut = self._cut(scratch)
+            expert, info = load_expert(cut).float(), read_expert_info(cut)
+        table = cost_table(
+            parts.unet,
+            info.code.space,
+            latent_size=info.cost.latent_size,
+            num_text_tokens=info.cost.num_text_tokens,
+            convention=info.cost.convention,
+        )
+        module = FinetuningStage(
+            expert,
+            parts.unet,
+            parts.scheduler,
+            self.config.finetuning,
+            null_states=encode_texts(parts.tokenizer, parts.text_encoder, [""])[0],
+        )
+        for network in (expert, parts.unet):
+            compute_in(network, self.training.engine.precision)
+        return Work(
+            module,
+            partial(_batches, self.stream, parts, self.training, device),
+            lambda terms: {"denoising": float(terms.terms["denoising"].detach())},
+            partial(self._finish, table),
+        )
+
+    def _finish(self, table: CostTable, values: Mapping[str, Tensor]) -> Summary:
+        with tempfile.TemporaryDirectory() as scratch:
+            cut = self._cut(scratch)
+            expert, info = load_expert(cut), read_expert_info(cut)
+            expert.load_state_dict({name.removeprefix("expert."): value for name, value in values.items()})
+            save_expert(Path(scratch) / "tuned", expert, info.code, base=info.base, cost=table)
+            root = Store.open(self.config.root, self.config.storage)
+            root.join("finetuned").publish(Path(scratch) / "tuned", self.network, last=("code.json",))
+        return {"network": self.network, "MACs ratio": round(info.cost.ratio, 4)}
+
+    def _cut(self, scratch: str) -> Path:
+        return Store.open(self.config.root, self.config.storage).join("cut").fetch(self.network, scratch)
+
+
+def _batches(
+    stream: Stream, parts: Parts, training: TrainingConfig, device: torch.device, start: int, rank: int, ranks: int
+) -> Iterator[Batch]:
+    """Text states, too large to store, are computed here: of the very caption whose embedding the batch holds."""
+    parts.text_encoder.to(device)
+    stop = training.steps * training.engine.gradient_accumulation
+    for rows in stream.batches(training.batch_size, start, stop, rank, ranks):
+        yield Batch(
+            torch.from_numpy(rows["latents"].astype(np.float32)).to(device),
+            encode_texts(parts.tokenizer, parts.text_encoder, rows["captions"].tolist()),
+            torch.from_numpy(rows["embeddings"].astype(np.float32)).to(device),
+        )
+
+
+def _depends_on(config: RunConfig, training: TrainingConfig, *sections: str) -> dict[str, Any]:
+    """Sections of the config, and of a training what changes its result: not how long, by how many, how often saved."""
+    tree = to_tree(training)
+    for name in ("steps", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_every"):
+        del tree[name]
+    for name in ("zero_stage", "offload"):
+        del tree["engine"][name]
+    return {"seed": config.seed, **{name: to_tree(getattr(config, name)) for name in sections}, "training": tree}

@@ -1,0 +1,195 @@
+"""Training stages as Ray Train jobs: what is checked before, the worker groups, and the two entry points.
+
+A worker group is one `TorchTrainer`. Running it again under the same folder and name goes on from its last checkpoint,
+whatever ended it; one that had finished is not run again.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from math import floor
+from typing import Any
+
+import ray
+import ray.cloudpickle as cloudpickle
+import torch
+from diffusers import UNet2DConditionModel
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from aptp.cost import cost_table
+from aptp.sites import read_space
+from aptp_platform.config import ConfigError, RunConfig, TrainingConfig
+from aptp_platform.models import check_pipeline
+from aptp_platform.progress import Progress
+from aptp_platform.storage import Store
+from aptp_platform.train.checkpoint import differences
+from aptp_platform.train.engine import check_engine
+from aptp_platform.train.loop import Stage, Summary, train
+from aptp_platform.train.stages import FinetuneStage, PruneStage
+from aptp_platform.train.stream import READER_CPUS, READERS, Stream, latent_size, parts_by_code, parts_of
+
+CHECKPOINTS_KEPT = 2
+
+
+def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
+    """Learn the router and the codes; publishes `pruned/router/`.
+
+    Args:
+        encoded: the folder of encoded training rows, unless it is this run's own.
+    """
+    root = Store.open(config.root, config.storage)
+    encoded = encoded or root.join("encoded", "train")
+    check_group(config.prune, "prune")
+    stream = Stream(encoded, parts_of(encoded), config.seed)
+    check_shape(config, stream)
+    return fit(PruneStage(config, stream), root.join("pruned", "checkpoints"), "router")
+
+
+def finetune(config: RunConfig) -> Summary:
+    """Fine-tune every cut network, side by side as the cluster allows; publishes `finetuned/<network>/`."""
+    root = Store.open(config.root, config.storage)
+    encoded, assigned = root.join("encoded", "train"), root.join("assigned")
+    check_group(config.finetune, "finetune")
+    everything = Stream(encoded, parts_of(encoded), config.seed)
+    stages = [
+        FinetuneStage(config, replace(everything, parts=parts, assigned=assigned, code=code), f"{code:02d}")
+        for code, parts in enumerate(parts_by_code(assigned, config.router.num_codes))
+    ]
+    stages += [FinetuneStage(config, everything, name) for name in config.cut.baselines]
+    return {"networks": fit_all(stages, root.join("finetuned", "checkpoints"))}
+
+
+def fit(stage: Stage, runs: Store, name: str) -> Summary:
+    """Run one stage's worker group to its end, or go on with it; returns the summary of its rank 0.
+
+    Args:
+        runs: the folder of this run's folder, which Ray Train fills with checkpoints.
+
+    Raises:
+        ConfigError: the folder holds checkpoints of another config.
+        TrainingFailedError: it failed more often than `max_failures`.
+    """
+    run, record = runs.join(name), "run.json"
+    depends_on = dict(stage.depends_on())
+    if run.exists(record):
+        before = run.read_json(record)
+        if found := differences(before["config"], depends_on):
+            raise ConfigError(
+                f"{run.uri}: its checkpoints belong to another config ({'; '.join(found[:3])}): give the run a root of "
+                "its own, or remove that folder"
+            )
+        if before.get("steps") == stage.training.steps:
+            return before["summary"]
+    run.write_json(record, {"config": depends_on})
+    summary = _run_group(stage, runs, name)
+    run.write_json(record, {"config": depends_on, "steps": stage.training.steps, "summary": summary})
+    return summary
+
+
+def fit_all(stages: Sequence[FinetuneStage], runs: Store) -> list[Summary]:
+    """Run several worker groups, as many at once as the cluster has room for; one that failed is run again alone."""
+    summaries: dict[str, Summary] = {}
+    with (
+        ThreadPoolExecutor(_groups_at_once(stages[0].training)) as threads,
+        Progress("finetune", len(stages)) as progress,
+    ):
+        progress.update(0)
+        running: dict[str, Future[Summary]] = {s.network: threads.submit(fit, s, runs, s.network) for s in stages}
+        for stage in stages:
+            try:
+                summaries[stage.network] = running[stage.network].result()
+            except TrainingFailedError:
+                continue  # its turn comes again when the others are done
+            progress.update(len(summaries))
+    for stage in stages:
+        if stage.network not in summaries:
+            summaries[stage.network] = fit(stage, runs, stage.network)
+    return [summaries[stage.network] for stage in stages]
+
+
+def check_group(training: TrainingConfig, where: str) -> None:
+    """ConfigError if the cluster can never run this worker group, or its engine's settings exclude each other."""
+    check_engine(training, where)
+    capacity = _capacity()
+    for resource, field, share in (
+        ("CPU", "cpus_per_worker", training.cpus_per_worker),
+        ("GPU", "gpus_per_worker", training.gpus_per_worker),
+    ):
+        room = capacity.get(resource, 0.0)
+        if training.workers * share > room:
+            most = floor(room / share)
+            fix = f"set {where}.workers to at most {most}" if most else f"lower {where}.{field}"
+            raise ConfigError(
+                f"{where}.workers: {training.workers}: with {where}.{field} {share:g} they need "
+                f"{training.workers * share:g} {resource}, the cluster has at most {room:g}: {fix}, or add nodes"
+            )
+
+
+def check_shape(config: RunConfig, stream: Stream) -> None:
+    """ConfigError if there are fewer prompts than codes, or the budget is below what this UNet can be pruned to."""
+    num_codes, budget = config.router.num_codes, config.router.budget
+    if num_codes > sum(part.rows for part in stream.parts) and num_codes > (prompts := stream.num_captions()):
+        raise ConfigError(
+            f"router.num_codes: {num_codes}: there are only {prompts} prompts: set it to at most {prompts}"
+        )
+    folder = check_pipeline(config.model, config.storage)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    tokens = config.model.num_text_tokens or 77
+    table = cost_table(unet, read_space(unet), latent_size=latent_size(stream.encoded), num_text_tokens=tokens)
+    if budget < table.minimum:
+        raise ConfigError(
+            f"router.budget: {budget}: this UNet cannot be pruned below {table.minimum:.3f} of its MACs: set a budget "
+            f"of at least {table.minimum + 0.01:.2f}"
+        )
+
+
+def _run_group(stage: Stage, runs: Store, name: str) -> Summary:
+    training = stage.training
+    resources = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
+    filesystem, path = runs.arrow()
+    trainer: Any = TorchTrainer(
+        train,  # type: ignore[arg-type]
+        train_loop_config={"stage": cloudpickle.dumps(stage)},
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=training.gpus_per_worker > 0,
+            resources_per_worker={resource: amount for resource, amount in resources.items() if amount},
+        ),
+        run_config=TrainRunConfig(  # type: ignore[call-arg]
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause: Any = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, ValueError):
+                raise ConfigError(str(cause)) from error
+        raise
+
+
+def _groups_at_once(training: TrainingConfig) -> int:
+    """How many worker groups, each with its readers, fit into the cluster as it is now."""
+    room: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    needs = {
+        "CPU": training.workers * (training.cpus_per_worker + READERS * READER_CPUS),
+        "GPU": training.workers * training.gpus_per_worker,
+    }
+    return max(1, min(floor(room.get(resource, 0.0) / need) for resource, need in needs.items() if need))
+
+
+def _capacity() -> dict[str, float]:
+    """What the cluster has, or what its autoscaler may bring it to."""
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    now: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return {resource: max(now.get(resource, 0.0), most.get(resource, 0.0)) for resource in {*now, *most}}

@@ -1,0 +1,71 @@
+"""Both training stages on real worker groups, and what is refused before one starts."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import ROWS, tiny_run
+
+from aptp.expert import load_expert, read_expert_info
+from aptp.router import Router
+from aptp_platform.config import ConfigError
+from aptp_platform.cutting import cut
+from aptp_platform.data.assign import assign
+from aptp_platform.storage import Store
+from aptp_platform.train.stream import Stream, parts_of
+from aptp_platform.train.trainer import check_group, check_shape, finetune, prune
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_stages_learn_and_publish(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, workers=2)
+    root = Path(config.root)
+
+    summary = prune(config)
+    router = Router.load(root / "pruned" / "router")
+    assert summary["MACs ratio"] == pytest.approx(config.router.budget, rel=0.011)
+    assert router.num_codes == 2
+    assert all(share > 0 for share in summary["usage"])
+
+    assign(config)
+    assert cut(config)["networks"] == 3
+    finetune(config)
+    for name in ("00", "01", "uniform"):
+        before, after = load_expert(root / "cut" / name), load_expert(root / "finetuned" / name)
+        assert read_expert_info(root / "cut" / name) == read_expert_info(root / "finetuned" / name)
+        moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+        assert all(moved), f"{sum(moved)} of {len(moved)} parameters of {name} were trained"
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("router", "training", "line"),
+    [
+        ({"num_codes": 97}, {}, "router.num_codes: 97: there are only 96 prompts"),
+        ({"budget": 0.05}, {}, r"router.budget: 0.05: this UNet cannot be pruned below 0\.\d+ of its MACs"),
+        (
+            {},
+            {"workers": 99},
+            "prune.workers: 99: with prune.cpus_per_worker 0.5 they need 49.5 CPU, the cluster has at",
+        ),
+        (
+            {},
+            {"gpus_per_worker": 1.0},
+            "prune.workers: 1: with prune.gpus_per_worker 1 they need 1 GPU, the cluster has",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_it_starts(
+    router: dict[str, Any], training: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    config = tiny_run(tmp_path)
+    config = replace(config, router=replace(config.router, **router), prune=replace(config.prune, **training))
+    encoded = Store.open(config.root).join("encoded", "train")
+    with pytest.raises(ConfigError, match=f"^{line}[^\n]*$"):
+        prune(config)
+    assert not Path(config.root, "pruned").exists()
+    fine = tiny_run(tmp_path / "fine", num_codes=2 * 2 * ROWS)
+    check_group(fine.prune, "prune")
+    check_shape(fine, Stream(encoded, parts_of(encoded), 0))
