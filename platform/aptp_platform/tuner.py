@@ -1,0 +1,175 @@
+"""A sweep over (number of codes, budget) by Ray Tune: each trial prunes, cuts and scores in a folder of its own.
+
+The encoded rows are made once and shared. A trial's score is what its experts lose on held-out prompts, as its own
+router sends them, with noise that depends on the prompt alone: trials differ by nothing else.
+"""
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import tune as ray_tune
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from aptp.expert import load_expert
+from aptp.latents import encode_texts
+from aptp.losses import NoiseSchedule
+from aptp.metrics import paired_denoising_loss
+from aptp.router import Router
+from aptp_platform.config import RunConfig, to_tree
+from aptp_platform.cutting import cut
+from aptp_platform.data.encoded import choose_caption
+from aptp_platform.models import load_pipeline_parts
+from aptp_platform.storage import Store
+from aptp_platform.train.stream import read_part
+from aptp_platform.train.trainer import check_group, prune
+
+SCORED_ROWS = 128
+# A trial only waits for its worker group; what it holds itself, the group could not have (and 0 is refused).
+TRIAL_RESOURCES = {"CPU": 0.01}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one trial found. loss: mean held-out denoising loss; extra_loss: above the full model's; ratio: MACs."""
+
+    num_codes: int
+    budget: float
+    folder: str
+    ratio: float
+    loss: float
+    extra_loss: float
+    usage: list[float]
+    seconds: float
+
+
+def tune(config: RunConfig) -> dict[str, Any]:
+    """Run the sweep of `config.tune`, print its table, write `tune/results.json`.
+
+    A trial that had finished under the same config is not run again; one that was interrupted goes on.
+    """
+    root = Store.open(config.root, config.storage)
+    root.join("encoded", "train").require("*.parquet", "root, or run the encode job first")
+    root.join("encoded", "heldout").require("*.parquet", "data.heldout, or run the encode job first")
+    check_group(config.prune, "prune")
+    pairs = list(product(config.tune.num_codes, config.tune.budgets))
+    chosen = np.random.default_rng(config.seed).permutation(len(pairs))[: config.tune.trials]
+    trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, config=config), TRIAL_RESOURCES)
+    with TemporaryDirectory() as scratch:
+        grid = ray_tune.Tuner(
+            trainable,
+            param_space={"shape": ray_tune.grid_search([pairs[index] for index in sorted(chosen)])},
+            tune_config=ray_tune.TuneConfig(max_concurrent_trials=config.tune.concurrent),
+            run_config=ray_tune.RunConfig(name="tune", storage_path=scratch, verbose=0),
+        ).fit()
+    if grid.errors:
+        raise grid.errors[0]
+    found: list[Any] = [grid[index].metrics for index in range(len(grid))]
+    trials = [Trial(**metrics["trial"]) for metrics in found]
+    pareto = pareto_set([(trial.ratio, trial.loss) for trial in trials])
+    _print(trials, pareto)
+    rows = [{**asdict(trial), "pareto": index in pareto} for index, trial in enumerate(trials)]
+    root.join("tune").write_json("results.json", {"config": to_tree(config), "trials": rows})
+    return {"trials": len(trials), "pareto": [rows[index]["folder"] for index in pareto]}
+
+
+def pareto_set(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point beats in one coordinate without losing in the other; less is better."""
+
+    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+    return [index for index, point in enumerate(points) if not any(beats(other, point) for other in points)]
+
+
+def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    num_codes, budget = settings["shape"]
+    started = time.monotonic()
+    shared = Store.open(config.root, config.storage)
+    name = f"codes-{num_codes}-budget-{budget:g}"
+    folder = shared.join("tune", name)
+    own = replace(
+        config,
+        root=folder.uri,
+        router=replace(config.router, num_codes=num_codes, budget=budget),
+        cut=replace(config.cut, baselines=()),
+    )
+    facts = {"config": to_tree(own)}
+    if folder.exists("trial.json") and (before := folder.read_json("trial.json"))["config"] == facts["config"]:
+        return {"trial": before["trial"]}
+    encoded = shared.join("encoded", "train")
+    pruned = prune(own, encoded)
+    cut(own, encoded)
+    loss, full, ratio = ray.get(
+        _score.options(num_gpus=config.prune.gpus_per_worker).remote(own, shared, pruned["ratios"])
+    )
+    trial = Trial(
+        num_codes, budget, folder.uri, ratio, loss, loss - full, pruned["usage"], round(time.monotonic() - started, 1)
+    )
+    folder.write_json("trial.json", {**facts, "trial": asdict(trial)})
+    return {"trial": asdict(trial)}
+
+
+@ray.remote(num_cpus=0.5)
+@torch.no_grad()
+def _score(config: RunConfig, shared: Store, ratios: list[float]) -> tuple[float, float, float]:
+    """Mean held-out loss of the experts, of the full model on the same rows and noise, and the experts' MACs ratio."""
+    parts = load_pipeline_parts(config.model, config.storage)
+    schedule = NoiseSchedule(parts.scheduler)
+    rows = _held_out(shared.join("encoded", "heldout"))
+    chosen = [choose_caption(row["key"], len(row["captions"]), 0, config.seed) for row in rows]
+    embeddings = [np.asarray(row["embeddings"][i], np.float32) for row, i in zip(rows, chosen, strict=True)]
+    captions = [row["captions"][i] for row, i in zip(rows, chosen, strict=True)]
+    own = Store.open(config.root, config.storage)
+
+    def losses(unet: Any, picked: list[int]) -> Tensor:
+        each = []
+        for timestep in config.evaluate.timesteps:
+            for start in range(0, len(picked), config.evaluate.batch_size):
+                batch = picked[start : start + config.evaluate.batch_size]
+                latents = torch.stack([torch.tensor(np.asarray(rows[i]["latents"], np.float32)) for i in batch])
+                noise = torch.stack([_noise(rows[i]["key"], latents.shape[1:]) for i in batch])
+                texts = encode_texts(parts.tokenizer, parts.text_encoder, [captions[i] for i in batch])
+                timesteps = torch.full((len(batch),), timestep)
+                each.append(paired_denoising_loss(unet, schedule, latents, texts, noise, timesteps))
+        return torch.cat(each)
+
+    with TemporaryDirectory() as scratch:
+        router = Router.load(own.join("pruned").fetch("router", scratch))
+        codes = router.route_embeddings(torch.tensor(np.stack(embeddings))).indices.tolist()
+        ours = []
+        for code in sorted(set(codes)):
+            expert = load_expert(own.join("cut").fetch(f"{code:02d}", scratch)).float()
+            ours.append(losses(expert, [row for row in range(len(rows)) if codes[row] == code]))
+    full = losses(parts.unet, list(range(len(rows))))
+    return float(torch.cat(ours).mean()), float(full.mean()), float(np.mean([ratios[code] for code in codes]))
+
+
+def _held_out(store: Store) -> list[dict[str, Any]]:
+    """At most `SCORED_ROWS` rows, in the order of a hash of their keys."""
+    columns = ["key", "latents", "captions", "embeddings"]
+    rows = [row for name in store.list("*.parquet") for row in read_part(store, name, columns)]
+    return sorted(rows, key=lambda row: hashlib.sha256(row["key"].encode()).digest())[:SCORED_ROWS]
+
+
+def _noise(key: str, shape: torch.Size) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _print(trials: list[Trial], pareto: list[int]) -> None:
+    table = Table("codes", "budget", "MACs as routed", "held-out loss", "above the full model", "seconds", "Pareto")
+    for index, trial in enumerate(trials):
+        table.add_row(
+            str(trial.num_codes), f"{trial.budget:g}", f"{trial.ratio:.3f}", f"{trial.loss:.4f}",
+            f"{trial.extra_loss:+.4f}", f"{trial.seconds:.0f}", "yes" if index in pareto else "",
+        )  # fmt: skip
+    Console(width=120).print(table)
