@@ -251,8 +251,9 @@ def test_block_features_are_the_hidden_outputs_of_the_stages():
     with block_features(unet) as features:
         output = run(unet, **inputs)
         seen = list(features)
-        run(unet, **inputs)
-        assert len(features) == 5  # only the latest pass
+        run(unet, **tiny.inputs(unet, seed=2))
+        assert len(features) == 5  # of the latest pass only
+        assert not torch.equal(features[0], seen[0])
     assert [tuple(f.shape[1:]) for f in seen] == [(32, 4, 4), (64, 4, 4), (64, 4, 4), (64, 8, 8), (32, 8, 8)]
     # The last feature is the input of the output head.
     head = unet.conv_out(unet.conv_act(unet.conv_norm_out(seen[-1])))
