@@ -12,7 +12,7 @@ export RAY_AUTH_MODE := disabled
 # Everything that Ray starts, and DeepSpeed's compiler, look their programs up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup check test demo lock clean
+.PHONY: help setup check test demo serve lock clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -44,6 +44,9 @@ test: setup ## the whole suite
 
 demo: setup ## captioned images to served images; FRESH=1 forgets finished stages
 	$(BIN)/python -m aptp_platform.demo $(if $(FRESH),--fresh)
+
+serve: setup ## serve the demo's release until ^C
+	$(BIN)/python -m aptp_platform.demo --serve
 
 lock: ## refresh requirements.lock from pyproject.toml in a new environment
 	rm -rf .venv-lock

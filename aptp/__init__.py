@@ -5,7 +5,7 @@ Read the modules in this order; each imports only what stands above it, and data
     latents, prompts        captioned images become latents, text states and sentence embeddings
     codes                   the waist: a pruning space, and an architecture code in it
     backbones, sites        the space of an unmodified network, read from the network itself
-    gates, cost, slicing    a network that obeys a code, what that costs, and the smaller network that equals it
+    gates, slicing, cost    a network that obeys a code, the smaller network that equals it, and what that costs
     expert                  a sliced network on disk
     relax, transport        bits with gradients; balanced assignment
     router                  prompts to codes
@@ -13,7 +13,7 @@ Read the modules in this order; each imports only what stands above it, and data
     baselines               codes that other methods choose at the same budget
     finetuning              stage 2: each expert learns from its own prompts and from the full network
     release, pipeline       all of it in one folder, and images out of that folder
-    metrics                 what it is worth
+    metrics, analysis       what it is worth, and what the router has learned
 """
 
 from aptp.baselines import block_removal_code, magnitude_code, random_code, random_routing, uniform_code

@@ -1,6 +1,7 @@
 """Score teacher, baselines and experts on the held-out captioned images.
 
-    ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/evaluate_experts.py --config jobs/configs/demo.yaml
+    ray job submit --runtime-env jobs/runtime_env.yaml -- \\
+        python jobs/evaluate_experts.py --config jobs/configs/demo.yaml
 """
 
 from aptp_platform.job import run_job

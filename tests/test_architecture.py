@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = [
-    "latents", "prompts", "codes", "backbones", "sites", "gates", "cost", "slicing", "expert", "relax", "transport", "router",
-    "losses", "pruning", "baselines", "finetuning", "release", "pipeline", "metrics", "analysis",
+    "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "relax", "transport",
+    "router", "losses", "pruning", "baselines", "finetuning", "release", "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = [
-    "storage", "config", "progress", "models", "data", "teacher", "train", "cutting", "report", "evaluation", "publishing", "path",
-    "tuner", "job", "cluster", "gallery", "demo",
+    "storage", "config", "progress", "models", "data", "teacher", "train", "cutting", "report", "evaluation",
+    "publishing", "path", "tuner", "job", "cluster", "gallery", "demo",
 ]  # fmt: skip
 FORBIDDEN_IN_LIBRARY = {"ray", "deepspeed", "yaml", "fastapi", "httpx", "s3fs", "fsspec", "pyarrow", "aptp_platform"}
 HOMES = {  # where a dependency may be imported, as path prefixes below platform/aptp_platform

@@ -63,7 +63,9 @@ class LocalCluster:
         ]  # fmt: skip
         # Jobs look `python` up on the PATH of the node that runs them: the one of this very environment.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        environment = {**os.environ, _MARK: self._mark, "PATH": path, "RAY_AUTH_MODE": "disabled"}
+        # Ray makes its workers nice; beside any busy process they would then hardly run.
+        settings = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+        environment = {**os.environ, **settings, _MARK: self._mark, "PATH": path}
         environment.pop("RAY_ADDRESS", None)
         self._log = (self._folder / "start.log").open("wb")
         self._process = subprocess.Popen(
@@ -83,10 +85,10 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End every process of this cluster; safe to call twice."""
-        for process in self._processes():
+        for process in self.processes():
             _signal(process, signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
-        while (alive := self._processes()) and time.monotonic() < deadline:
+        while (alive := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         for process in alive:
             _signal(process, signal.SIGKILL)
@@ -109,7 +111,8 @@ class LocalCluster:
         tail = " ".join((self._folder / "start.log").read_text(errors="replace").split()[-40:])
         raise ValueError(f"the Ray head did not answer within {START_SECONDS:.0f} s; its last words: {tail}")
 
-    def _processes(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of this cluster."""
         found = []
         for process in psutil.process_iter():
             try:

@@ -12,7 +12,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -72,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--serve-config", default="serve_configs/demo.yaml")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier demo finished")
+    parser.add_argument("--serve", action="store_true", help="only serve the release of an earlier demo, until ^C")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console()
     try:
-        _run(args, console)
+        (_serve if args.serve else _run)(args, console)
     except (ValueError, DemoError) as error:
         console.print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True)
         sys.exit(2)
@@ -93,11 +95,6 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     places = {"root": config.root, "data.source": config.data.source, "model.pipeline": config.model.pipeline}
     overrides = [f"{field}={_absolute(place)}" for field, place in places.items()]
     serve = _serve_config(Path(args.serve_config), root / "release")
-    port = serve["http_options"]["port"]
-    if not port_is_free(port):
-        raise ConfigError(
-            f"http_options.port: {port}: another program listens on it; end it, or change it in {args.serve_config}"
-        )
     if args.fresh:
         forget(config)
     root.mkdir(parents=True, exist_ok=True)
@@ -107,10 +104,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             command = f"python jobs/{job}.py --config {args.config}"
             _submit(cluster, stage, command, [*args.set, *overrides], console)
         console.print("\n[bold]serve[/bold]: ingress, router and one deployment per code")
-        ServeSubmissionClient(cluster.dashboard).deploy_applications(serve)
-        url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=120) as client:
-            _wait_ready(client, cluster)
+        with _deploy(cluster, serve) as client:
             shown = _draw_all(client, console)
     gallery = root / "gallery.png"
     write_gallery(gallery, [(row.prompt, f"{row.code} {row.ratio:.2f}", row.teacher, row.expert) for row in shown])
@@ -121,8 +115,29 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     console.print(f"took {(time.monotonic() - started) / 60:.1f} minutes")
 
 
+def _serve(args: argparse.Namespace, console: Console) -> None:
+    """Serve the release that an earlier demo made, on a cluster of its own, until interrupted."""
+    config = load_config(args.config, args.set)
+    release = Path(config.root).absolute() / "release"
+    if not (release / "release.json").exists():
+        raise ConfigError(f"release: {release} holds no release.json; run make demo first")
+    serve = _serve_config(Path(args.serve_config), release)
+    with LocalCluster(num_cpus=4, object_store_bytes=300_000_000) as cluster, _deploy(cluster, serve) as client:
+        console.print(f"serving {release} at {client.base_url} (^C ends it)", highlight=False, soft_wrap=True)
+        signal.pause()
+
+
+@contextmanager
+def _deploy(cluster: LocalCluster, serve: dict[str, Any]) -> Iterator[httpx.Client]:
+    """What `serve deploy` does; yields a client of the application once it is ready."""
+    ServeSubmissionClient(cluster.dashboard).deploy_applications(serve)
+    with httpx.Client(base_url=f"http://127.0.0.1:{serve['http_options']['port']}", timeout=120) as client:
+        _wait_ready(client, cluster)
+        yield client
+
+
 def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str], console: Console) -> None:
-    """One `ray job submit`, its progress lines drawn as a bar and its other lines of ours printed."""
+    """What `ray job submit` does, its progress lines drawn as a bar and its other lines of ours printed."""
     client = JobSubmissionClient(cluster.dashboard)
     entry = " ".join([command, *(f"--set '{override}'" for override in overrides)])
     runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text())
@@ -169,6 +184,9 @@ def _show(line: str, progress: Progress, bars: dict[str, Any]) -> None:
 def _serve_config(path: Path, release: Path) -> dict[str, Any]:
     config = yaml.safe_load(path.read_text())
     config["applications"][0]["args"]["release"] = str(release)
+    port = config["http_options"]["port"]
+    if not port_is_free(port):
+        raise ConfigError(f"http_options.port: {port}: another program listens on it; end it, or change it in {path}")
     return config
 
 

@@ -13,23 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import ray
 import torch
-from aptp.expert import load_expert, read_expert_info
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from aptp.expert import load_expert, read_expert_info
 from aptp.latents import encode_texts
 from aptp.losses import NoiseSchedule
 from aptp.metrics import Lite0, maximum_mean_discrepancy, paired_denoising_loss
 from aptp.router import Router
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.data.captions import read_captioned
+from aptp_platform.data.captions import decode_rows, read_captioned, source_files
 from aptp_platform.data.encoded import choose_caption, read_encoded
-from aptp_platform.data.shards import decode_image
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.progress import Progress
 from aptp_platform.report import write_report
@@ -238,15 +238,15 @@ def _generate(
 
 def _real_features(config: RunConfig) -> Float[Tensor, "real dim"]:
     """Features of the held-out images as they are stored, cropped as for training."""
-    rows = read_captioned(config.data, config.storage, config.data.heldout)
+    files = [file for file in source_files(config.data, config.storage) if file.split == "heldout"]
+    rows = read_captioned(config.data, config.storage, files).limit(4 * config.evaluate.images)
     extractor, features = Lite0(), []
-    for batch in rows.limit(4 * config.evaluate.images).iter_batches(batch_size=config.evaluate.batch_size):
-        images = [
-            decode_image(image, config.data.image_size)
-            for image, fault in zip(batch["image"], batch["fault"], strict=True)
-            if not fault
-        ]
-        features.append(extractor(torch.from_numpy(np.stack(images)).float() / 127.5 - 1))
+    for batch in rows.iter_batches(batch_size=config.evaluate.batch_size, batch_format="pyarrow"):
+        decoded = decode_rows(config.data.image_size, batch)
+        good = decoded.filter(pc.equal(decoded["fault"], ""))
+        if len(good):
+            pixels = torch.from_numpy(good["image"].combine_chunks().to_numpy_ndarray())
+            features.append(extractor(pixels.float() / 127.5 - 1))
     return torch.cat(features)
 
 

@@ -51,7 +51,7 @@ It is an example to prune, not a good model of emoji: it knows a few thousand pi
 
 ![samples](samples.png)
 
-{len(PROMPTS)} prompts, seeds {SEED} to {SEED + len(PROMPTS) - 1}, DDIM, {STEPS} steps, guidance {GUIDANCE}; none picked.
+{len(PROMPTS)} prompts, seeds from {SEED} upwards, DDIM, {STEPS} steps, guidance {GUIDANCE}; none picked.
 
 ![loss](loss.png)
 

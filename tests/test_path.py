@@ -1,0 +1,103 @@
+"""The whole path, small: captioned images in a bucket, router and codes, experts, a release, a PNG over HTTP."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from captioned import IMAGE_SIZE, write_shards
+from PIL import Image
+from s3_server import S3Server
+from tiny_pipeline import build_pipeline
+
+from aptp.release import read_release
+from aptp_platform.cluster import free_ports
+from aptp_platform.config import ConfigError, RunConfig, parse_config, to_tree
+from aptp_platform.path import STAGES, require_stage, run_stage
+from aptp_platform.serve.app import build
+from aptp_platform.serve.args import ServeArgs
+from aptp_platform.storage import StorageConfig, Store
+
+TRAINING = {"steps": 6, "batch_size": 8, "warmup_steps": 2, "checkpoint_every": 6, "learning_rate": 0.02}
+
+
+@pytest.fixture(scope="module")
+def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("path")
+    build_pipeline().save_pretrained(folder / "model")
+    bucket = s3_server.bucket("captioned")
+    write_shards(folder / "shards", train=48, heldout=16)
+    Store.open(bucket, StorageConfig(endpoint=s3_server.endpoint)).publish(folder / "shards", "images")
+    return parse_config(
+        {
+            "root": str(folder / "run"),
+            "storage": {"endpoint": s3_server.endpoint},
+            "data": {"source": f"{bucket}/images", "image_size": IMAGE_SIZE},
+            "model": {"pipeline": str(folder / "model")},
+            "router": {"num_codes": 2, "budget": 0.7},
+            "encode": {"batch_size": 16},
+            "pruning": {"warmup_steps": 1},
+            "prune": TRAINING,
+            "finetune": TRAINING,
+            "evaluate": {"images": 16, "generated": 4, "inference_steps": 2, "timesteps": [500], "batch_size": 8},
+        }
+    )
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) -> None:
+    from ray import serve
+
+    said: list[str] = []
+    for stage in STAGES:
+        run_stage(stage, config, said.append)
+    assert not any("reused" in line for line in said)
+
+    release = read_release(Path(config.root) / "release")
+    assert release.num_codes == 2
+    assert release.ratio == pytest.approx(config.router.budget, abs=0.02)
+    metrics = json.loads((release.path / "report" / "metrics.json").read_text())
+    assert set(metrics["arms"]) == {"teacher", "uniform", "experts"}
+    assert metrics["arms"]["teacher"]["macs_ratio"] == 1
+
+    (port,) = free_ports(1)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    small = {"num_cpus": 0.1, "num_threads": 1}
+    args = ServeArgs.model_validate(
+        {"release": str(release.path), "experts": small, "router": small, "ingress": {"num_cpus": 0.1}}
+    )
+    try:
+        serve.run(build(args), name="aptp", route_prefix="/")
+        answer = httpx.post(
+            f"http://127.0.0.1:{port}/v1/images/generations",
+            json={"prompt": "a cat", "seed": 3, "num_inference_steps": 2},
+            timeout=60,
+        )
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    assert answer.status_code == 200, answer.text
+    image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+    assert image.format == "PNG"
+    assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_second_run_reuses_every_stage_and_another_config_does_not(config: RunConfig) -> None:
+    said: list[str] = []
+    for stage in STAGES:
+        run_stage(stage, config, said.append)
+    assert all("reused" in line for line in said)
+    assert len(said) == len(STAGES)
+
+    other = parse_config({**to_tree(config), "router": {"num_codes": 2, "budget": 0.8}})
+    assert require_stage("encode", other) == require_stage("encode", config)
+    with pytest.raises(ConfigError, match=r"prune: its result .* was made from another config"):
+        run_stage("assign", other, said.append)
+
+
+def test_a_stage_before_its_inputs_says_which_job_to_run(config: RunConfig, tmp_path: Path) -> None:
+    elsewhere = parse_config({**to_tree(config), "root": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"encode: .* holds no finished result of it; run the encode job first"):
+        run_stage("prune", elsewhere)
