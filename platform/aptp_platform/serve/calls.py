@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -16,6 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from aptp_platform.serve.orders import Refusal
 
 Lost = (RayActorError, ReplicaUnavailableError)  # the replica died, or cannot be reached: nobody runs the call any more
+_PAUSE_S: Final = 0.2  # for the handle to learn which replicas are left
 
 
 async def call(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0) -> Any:
@@ -36,6 +37,7 @@ async def call(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0) 
             except asyncio.CancelledError:
                 response.cancel()
                 raise
+        await asyncio.sleep(_PAUSE_S)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -59,6 +61,7 @@ async def call_stream(make: Callable[[], Any], *, attempts: int, drain_s: float 
             finally:
                 if not ended:
                     response.cancel()
+        await asyncio.sleep(_PAUSE_S)
 
 
 @contextmanager
