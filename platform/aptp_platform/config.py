@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ import yaml
 
 from aptp.finetuning import FinetuningConfig
 from aptp.pruning import PruningConfig
-from aptp_platform.storage import StorageConfig
+from aptp_platform.storage import StorageConfig as StorageConfig
+from aptp_platform.storage import Store
 
 
 class ConfigError(ValueError):
@@ -52,7 +54,8 @@ class EncodeConfig:
     """Images to latents and captions to sentence embeddings, by Ray Data."""
 
     batch_size: int = 32
-    actors: int = 1
+    readers: int = 4  # tasks that read and decode at the same time
+    actors: int = 1  # holders of the models
     cpus_per_actor: float = 0.5
     gpus_per_actor: float = 0.0
     rows_per_file: int = 2048
@@ -156,33 +159,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree = yaml.safe_load(Path(path).read_text()) or {}
     except FileNotFoundError:
         raise ConfigError(f"config: {path} does not exist; name one, such as jobs/configs/demo.yaml") from None
+    except OSError as error:
+        raise ConfigError(f"config: {path} cannot be read: {error.strerror}; name a YAML file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"config: {path} is not YAML: {getattr(error, 'problem', None) or 'bad bytes'}{line}"
+        ) from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config: {path} holds {type(tree).__name__}; it must be a mapping of sections")
     for override in overrides:
         name, separator, value = override.partition("=")
         if not separator:
-            raise ConfigError(f"override: {override!r} must be section.field=value")
+            raise ConfigError(f"override: {name!r} has no value; write section.field=value")
         node = tree
         *parents, leaf = name.split(".")
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
-                raise ConfigError(f"override: {override!r}: {parent} is a value, not a section")
-        node[leaf] = yaml.safe_load(value)
+                raise ConfigError(f"override: {name}: {parent} is a value, not a section")
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"override: {name}: its value is not YAML; quote it") from None
     return parse_config(tree)
 
 
 def parse_config(tree: dict[str, Any]) -> RunConfig:
     """A `RunConfig` from plain data; raises `ConfigError` as `load_config` does."""
     _refuse_unknown(RunConfig, tree, "")
+    tree = {name: value for name, value in tree.items() if value is not None}  # a section may be empty
     try:
         config = pydantic.TypeAdapter(RunConfig).validate_python(tree)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where}: {first.get('input')!r}: {first['msg']}") from None
+        value = "" if first["loc"][:1] == ("storage",) else f" {reprlib.repr(first['input'])}:"  # may be a secret
+        raise ConfigError(f"{where}:{value} {first['msg'].removeprefix('Value error, ')}") from None
     _check(config)
     return config
 
@@ -199,13 +215,27 @@ def to_tree(config: Any) -> Any:
 
 def _check(config: RunConfig) -> None:
     """Rules within and across sections."""
-    shape, data = config.router, config.data
+    shape, data, model = config.router, config.data, config.model
+    endpoint = config.storage.endpoint
+    if endpoint is not None and ("@" in endpoint or not endpoint.startswith(("http://", "https://"))):
+        raise ConfigError("storage.endpoint: must be http://host:port or https://host, with no user or password in it")
+    places = {"root": config.root, "data.source": data.source, "model.pipeline": model.pipeline}
+    places |= {"model.text_encoder": model.text_encoder or "", "model.prompt_encoder": model.prompt_encoder}
+    for where, place in places.items():
+        try:
+            if not place.startswith("package:"):
+                Store.open(place)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
     _rule(shape.num_codes >= 1, "router.num_codes", shape.num_codes, "at least 1")
     _rule(0 < shape.budget <= 1, "router.budget", shape.budget, "a share of the full model's MACs in (0, 1]")
     _rule(bool(data.source), "data.source", data.source, "a folder of shards: a path, file:// or s3:// URI")
-    _rule(bool(config.model.pipeline), "model.pipeline", config.model.pipeline, "a diffusers folder: a path or a URI")
+    _rule(bool(model.pipeline), "model.pipeline", model.pipeline, "a diffusers folder: a path or a URI")
     _rule(0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share in [0, 1]")
-    _rule(data.image_size % 8 == 0, "data.image_size", data.image_size, "a multiple of 8")
+    _rule(data.image_size > 0 == data.image_size % 8, "data.image_size", data.image_size, "a multiple of 8")
+    for rule in ("batch_size", "readers", "actors", "rows_per_file"):
+        _rule(getattr(config.encode, rule) >= 1, f"encode.{rule}", getattr(config.encode, rule), "at least 1")
+    _rule(config.encode.cpus_per_actor > 0, "encode.cpus_per_actor", config.encode.cpus_per_actor, "above 0")
     for name in ("prune", "finetune"):
         stage: TrainingConfig = getattr(config, name)
         for rule in ("steps", "batch_size", "workers", "checkpoint_every"):

@@ -1,0 +1,128 @@
+"""A config states what differs, prints back whole, and says in one line what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aptp_platform.config import ConfigError, RunConfig, dump_config, load_config, parse_config, to_tree
+
+MINIMAL = {"data": {"source": "s3://bucket/shards"}, "model": {"pipeline": "/models/sd"}}
+DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
+
+
+def merged(**sections) -> dict:
+    return {**MINIMAL, **{name: {**MINIMAL.get(name, {}), **fields} for name, fields in sections.items()}}
+
+
+def refusal(tree: dict) -> str:
+    with pytest.raises(ConfigError, match=r"^[^\n]+$") as caught:
+        parse_config(tree)
+    return str(caught.value)
+
+
+def test_what_is_not_stated_is_the_default():
+    config = parse_config(merged(prune={"steps": 7, "engine": {"zero_stage": 3}}))
+    assert config.prune.steps == 7
+    assert config.prune.engine.zero_stage == 3
+    assert config.prune.engine.precision == RunConfig().prune.engine.precision
+    assert config.finetune == RunConfig().finetune
+    assert parse_config({**MINIMAL, "prune": None}) == parse_config(MINIMAL)
+
+
+@given(
+    steps=st.integers(1, 10**9),
+    rate=st.floats(1e-9, 1, allow_subnormal=False),
+    share=st.floats(0, 1),
+    endpoint=st.none() | st.just("https://minio:9000"),
+    timesteps=st.lists(st.integers(0, 999), min_size=1).map(tuple),
+)
+def test_a_dumped_config_reads_back_equal(tmp_path_factory, steps, rate, share, endpoint, timesteps):
+    config = parse_config(
+        merged(
+            prune={"steps": steps, "learning_rate": rate},
+            data={"max_bad_share": share},
+            storage={"endpoint": endpoint},
+            evaluate={"timesteps": timesteps},
+        )
+    )
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_the_example_is_legal_and_overrides_change_one_value(tmp_path):
+    assert load_config(DEMO).router.num_codes == 4
+    changed = load_config(DEMO, ["router.num_codes=2", "prune.learning_rate=1e-3", "prune.engine.offload=true"])
+    assert (changed.router.num_codes, changed.prune.learning_rate, changed.prune.engine.offload) == (2, 1e-3, True)
+    expected = to_tree(load_config(DEMO))
+    expected["router"]["num_codes"] = 2
+    expected["prune"]["learning_rate"] = 1e-3
+    expected["prune"]["engine"]["offload"] = True
+    assert to_tree(changed) == expected
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (merged(prune={"stepz": 3}), "prune.stepz: unknown key; did you mean prune.steps? Known: steps, batch_size,"),
+        (
+            merged(finetune={"engine": {"zero": 1}}),
+            "finetune.engine.zero: unknown key; did you mean",
+        ),
+        ({**MINIMAL, "purne": {}}, "purne: unknown key; did you mean prune?"),
+        (merged(prune={"steps": "many"}), "prune.steps: 'many': Input should be a valid integer"),
+        (merged(prune={"engine": {"zero_stage": 4}}), "prune.engine.zero_stage: 4: Input should be 0, 1, 2 or 3"),
+        (merged(prune={"steps": 0}), "prune.steps: 0: must be at least 1"),
+        ({**MINIMAL, "prune": 3}, "prune: 3: Input should be a dictionary"),
+        (merged(router={"budget": 1.5}), "router.budget: 1.5: must be a share of the full model's MACs in (0, 1]"),
+        (merged(data={"image_size": 500}), "data.image_size: 500: must be a multiple of 8"),
+        (merged(data={"image_size": 0}), "data.image_size: 0: must be a multiple of 8"),
+        (merged(encode={"actors": 0}), "encode.actors: 0: must be at least 1"),
+        ({"model": {"pipeline": "a"}}, "data.source: '': must be a folder of shards"),
+        ({"data": {"source": "a"}}, "model.pipeline: '': must be a diffusers folder"),
+        (merged(data={"source": "htp://a"}), "data.source: htp://...: unknown scheme; use a path, file://, s3://"),
+    ],
+)
+def test_refusals_name_the_field_the_value_and_the_rule(tree, message):
+    assert refusal(tree).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        merged(storage={"secret_key": "s3cr3t"}),
+        merged(storage={"endpoint": "http://user:s3cr3t@minio:9000"}),
+        merged(storage={"profile": ["s3cr3t"]}),
+        merged(data={"source": "s3://key:s3cr3t@bucket/a"}),
+        {**MINIMAL, "root": "s3://bucket/a?secret_key=s3cr3t"},
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(tree):
+    assert "s3cr3t" not in refusal(tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (None, [], r"config: .*none.yaml does not exist"),
+        ("a: [1", [], r"config: .* is not YAML: .* in line 1$"),
+        ("- a", [], r"config: .* holds list; it must be a mapping"),
+        ("root: a", ["prune.steps"], r"override: 'prune.steps' has no value; write section.field=value"),
+        ("root: a", ["root.deeper=1"], r"override: root.deeper: root is a value, not a section"),
+        ("root: a", ["root=[1"], r"override: root: its value is not YAML"),
+        ("root: a", ["prune.stepz=1"], r"prune.stepz: unknown key; did you mean prune.steps"),
+    ],
+)
+def test_files_and_overrides_that_cannot_be_read(tmp_path, text, overrides, message):
+    path = tmp_path / "none.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, overrides)
+
+
+def test_the_dump_is_plain_yaml():
+    assert yaml.safe_load(dump_config(parse_config(MINIMAL)))["evaluate"]["timesteps"] == [100, 400, 700]
