@@ -1,5 +1,6 @@
 """One small Ray cluster on this machine for all tests of a session."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -20,5 +21,6 @@ def local_ray() -> Iterator[None]:
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     yield
     ray.shutdown()

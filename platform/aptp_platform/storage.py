@@ -7,6 +7,7 @@ no config, no URI, no pickled `Store` and no error. The module is light: a task 
 
 from __future__ import annotations
 
+import builtins
 import fnmatch
 import hashlib
 import io
@@ -96,14 +97,14 @@ class Store:
                 return False
             return True
 
-    def list(self, pattern: str = "**") -> list[str]:
+    def list(self, pattern: str = "**") -> builtins.list[str]:
         """Names of the files here that match a glob, sorted; `*` and `?` stop at `/`, a leading `**` takes all depths.
 
         An absent folder has no files.
         """
         return sorted(self._sizes(pattern))
 
-    def require(self, pattern: str, fix: str) -> list[str]:
+    def require(self, pattern: str, fix: str) -> builtins.list[str]:
         """As `list`, but at least one.
 
         Args:

@@ -8,7 +8,8 @@ import pytest
 from captioned import captions_of, image_bytes, samples, tar_of, write_shards
 
 from aptp_platform.config import DataConfig, StorageConfig
-from aptp_platform.data.captions import SCHEMA, read_captioned, source_files
+from aptp_platform.data.captions import SCHEMA, SourceFile, read_captioned, source_files
+from aptp_platform.data.encode import plain_errors
 from aptp_platform.storage import Store
 
 INDICES = range(10)
@@ -81,7 +82,10 @@ WRITERS = (write_tar, write_gz, write_parquet, write_image_folder, write_coco, w
 
 
 def rows_of(source, pattern, storage=LOCAL):
-    rows = read_captioned(DataConfig(source=str(source), train=pattern), storage, pattern).take_all()
+    names = Store.open(source, storage).list(pattern)
+    files = [SourceFile("train", name, place) for place, name in enumerate(names)]
+    with plain_errors():
+        rows = read_captioned(DataConfig(source=str(source)), storage, files).take_all()
     return sorted(rows, key=lambda row: row["position"])
 
 
@@ -103,20 +107,20 @@ def test_every_format_gives_the_same_rows(write, where, tmp_path, request, local
         assert set(row) == set(SCHEMA.names)
         assert row["image"] == image_bytes(index)
         assert row["captions"] == (captions_of(index)[:1] if write is write_cc3m else captions_of(index))
-        assert row["position"] == index
+        assert (row["split"], row["position"]) == ("train", index)
     if write in (write_tar, write_parquet, write_image_folder):
         assert json.loads(rows[2]["tags"]) == {"kind": "kind-2"}
 
 
 def test_positions_follow_the_sorted_files_whichever_of_them_are_read(tmp_path, local_ray):
-    write_shards(tmp_path, train=12, shards=3)
+    write_shards(tmp_path, train=12, shards=3, heldout=2)
     config = DataConfig(source=str(tmp_path))
-    everything = {row["key"]: row["position"] for row in read_captioned(config, LOCAL, "train-*").take_all()}
-    assert len(everything) == 12
-    assert sorted(everything.values()) == [file << 32 | row for file in range(3) for row in range(4)]
-    last = read_captioned(config, LOCAL, "train-*", slice(2, 3)).take_all()
-    assert {row["key"]: row["position"] for row in last} == {
-        key: position for key, position in everything.items() if position >> 32 == 2
+    files = source_files(config, LOCAL)
+    assert [(file.split, file.place) for file in files] == [("train", 0), ("train", 1), ("train", 2), ("heldout", 0)]
+    rows = read_captioned(config, LOCAL, files[2:]).take_all()
+    assert {(row["split"], row["position"], row["key"]) for row in rows} == {
+        *(("train", 2 << 32 | row, f"{2 + 3 * row:05d}") for row in range(4)),
+        *(("heldout", row, f"{12 + row:05d}") for row in range(2)),
     }
 
 
@@ -150,26 +154,31 @@ def test_bad_rows_and_files_are_rows_with_a_fault(tmp_path, local_ray):
         (
             "table.tsv",
             "url\tcaption\nhttp://a\tb\n",
-            r"header is \['url', 'caption'\]; one column must be file_name or",
+            r"^table.tsv: its header is \['url', 'caption'\]; one column [^\n]*$",
         ),
         ("captions_x.json", '{"info": 1}', r"captions_x.json: is no COCO caption file: it lacks 'images'"),
     ],
 )
 def test_a_listing_without_its_columns_is_named(name, content, message, tmp_path, local_ray):
     (tmp_path / name).write_text(content)
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         rows_of(tmp_path, name)
 
 
 def test_a_table_without_captions_is_named(tmp_path, local_ray):
     pq.write_table(pa.table({"image": [b"i"]}), tmp_path / "a.parquet")
-    with pytest.raises(Exception, match=r"has the columns image; one must be named captions or caption"):
+    with pytest.raises(ValueError, match=r"has the columns image; one must be named captions or caption"):
         rows_of(tmp_path, "*.parquet")
 
 
 def test_files_that_cannot_be_sources_are_named_before_anything_runs(tmp_path):
-    (tmp_path / "train-0.zip").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"data.train: train-0.zip: unknown format; the name must end in one of .tar"):
-        source_files(DataConfig(source=str(tmp_path)), LOCAL, "train-*")
-    with pytest.raises(ValueError, match=r"no file matches 'test_\*'; it holds train-0.zip: change .* data.heldout"):
-        source_files(DataConfig(source=str(tmp_path)), LOCAL, "test_*")
+    def refused(train, heldout):
+        with pytest.raises(ValueError, match=r"^data|: ") as caught:
+            source_files(DataConfig(source=str(tmp_path), train=train, heldout=heldout), LOCAL)
+        return str(caught.value)
+
+    (tmp_path / "train-0.tar").write_bytes(b"")
+    (tmp_path / "train-1.zip").write_bytes(b"")
+    assert "data.train: train-1.zip: unknown format; the name must end in one of .tar," in refused("*", "*")
+    assert "no file matches 'test_*'; it holds train-0.tar" in refused("*.tar", "test_*")
+    assert "data.heldout: '*-0*': matches train-0.tar, as data.train does" in refused("*.tar", "*-0*")

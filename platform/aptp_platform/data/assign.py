@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -47,8 +47,8 @@ def assign(config: RunConfig) -> dict[str, Any]:
     usage: np.ndarray | int = 0
     done = 0
     with plain_errors(), Progress("assign", len(names)) as progress:
-        for table in routed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in table.to_pylist():
+        for batch in routed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in cast(pa.Table, batch).to_pylist():
                 usage = usage + np.array(row["usage"])
                 done += 1
                 progress.update(done, captions=int(np.sum(usage)))

@@ -7,10 +7,11 @@ one file; nothing is held but the rows on their way.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +25,13 @@ from aptp_platform.storage import StorageConfig, Store
 if TYPE_CHECKING:
     from aptp_platform.config import DataConfig  # brings torch, which no reading task needs
 
-READER_CPUS = 0.25
+READER_CPUS = 0.1  # unlike an actor's: operators with equal demands are fused, and an actor would decode for itself
 GROUP_ROWS = 64  # rows that leave a reader together ...
 GROUP_BYTES = 16 << 20  # ... or fewer, if their images are large
 
 SCHEMA = pa.schema(
     {
+        "split": pa.string(),
         "position": pa.int64(),  # the file's place among the sorted names << 32 | the row's place in it
         "key": pa.string(),
         "image": pa.binary(),
@@ -57,33 +59,48 @@ FORMATS: dict[str, Callable[[Store, str], Iterator[CaptionedImage | Fault]]] = {
 }
 
 
-def source_files(config: DataConfig, storage: StorageConfig, pattern: str) -> list[str]:
-    """Names of the files that match, sorted.
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of captioned images: the split it belongs to, its name, its place among the split's sorted names."""
+
+    split: Literal["train", "heldout"]
+    name: str
+    place: int
+
+
+def source_files(config: DataConfig, storage: StorageConfig) -> list[SourceFile]:
+    """The files of both splits, those of `data.train` first.
 
     Raises:
-        ValueError: nothing matches, or the format of a file is unknown.
+        ValueError: nothing matches, one file is in both splits, or the format of a file is unknown.
     """
-    field = "data.heldout" if pattern == config.heldout else "data.train"
-    names = Store.open(config.source, storage).require(pattern, f"data.source or {field}")
-    for name in names:
-        if _format(name) is None:
-            raise ValueError(f"{field}: {name}: unknown format; the name must end in one of {', '.join(FORMATS)}")
-    return names
+    store = Store.open(config.source, storage)
+    files = []
+    splits: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
+    for split in splits:
+        for place, name in enumerate(store.require(getattr(config, split), f"data.source or data.{split}")):
+            if _format(name) is None:
+                known = ", ".join(FORMATS)
+                raise ValueError(f"data.{split}: {name}: unknown format; the name must end in one of {known}")
+            files.append(SourceFile(split, name, place))
+    twice = {file.name for file in files if file.split == "train"} & {f.name for f in files if f.split == "heldout"}
+    if twice:
+        raise ValueError(f"data.heldout: {config.heldout!r}: matches {min(twice)}, as data.train does; keep them apart")
+    return files
 
 
 def read_captioned(
-    config: DataConfig, storage: StorageConfig, pattern: str, files: slice = slice(None)
+    config: DataConfig, storage: StorageConfig, files: Sequence[SourceFile], readers: int = 4
 ) -> ray.data.Dataset:
-    """The rows of the files that match, as `SCHEMA`; what could not be read is a row with a `fault`.
+    """The rows of these files, as `SCHEMA`; what could not be read is a row with a `fault`.
 
     Args:
-        files: which of the sorted files; a row's `position` does not depend on it.
+        readers: tasks that read at the same time.
     """
-    names = list(enumerate(source_files(config, storage, pattern)))[files]
-    items = [{"name": name, "place": place} for place, name in names]
-    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    return ray.data.from_items([asdict(file) for file in files], override_num_blocks=len(files)).map_batches(
         partial(_read_files, Store.open(config.source, storage)),
         batch_size=1,
+        compute=ray.data.TaskPoolStrategy(size=min(readers, len(files))),
         num_cpus=READER_CPUS,
     )
 
@@ -109,13 +126,13 @@ def _format(name: str) -> str | None:
 
 
 def _read_files(store: Store, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-    for name, place in zip(batch["name"], batch["place"], strict=True):
+    for split, name, place in zip(batch["split"], batch["name"], batch["place"], strict=True):
         ending = _format(name)
         assert ending is not None  # source_files has seen to it
         group: list[dict[str, object]] = []
         size = 0
         for position, sample in zip(count(int(place) << 32), FORMATS[ending](store, str(name))):
-            group.append(_row(position, sample))
+            group.append({"split": split, "position": position, **_row(sample)})
             size += len(sample.image) if isinstance(sample, CaptionedImage) else 0
             if len(group) == GROUP_ROWS or size >= GROUP_BYTES:
                 yield pa.Table.from_pylist(group, SCHEMA)
@@ -124,10 +141,10 @@ def _read_files(store: Store, batch: dict[str, np.ndarray]) -> Iterator[pa.Table
             yield pa.Table.from_pylist(group, SCHEMA)
 
 
-def _row(position: int, sample: CaptionedImage | Fault) -> dict[str, object]:
+def _row(sample: CaptionedImage | Fault) -> dict[str, object]:
     if isinstance(sample, Fault):
         given = {"image": b"", "captions": [], "tags": "{}", "fault": sample.cause, "detail": sample.detail}
     else:
         tags = json.dumps(sample.tags)
         given = {"image": sample.image, "captions": list(sample.captions), "tags": tags, "fault": "", "detail": ""}
-    return {"position": position, "key": sample.key, **given}
+    return {"key": sample.key, **given}

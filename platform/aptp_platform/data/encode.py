@@ -7,11 +7,10 @@ are done in waves; a finished wave is on record, so a job that starts again afte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,25 +21,16 @@ import torch
 
 from aptp.latents import encode_images
 from aptp.prompts import PromptEncoder
-from aptp_platform.config import EncodeConfig, ModelConfig, RunConfig, StorageConfig
-from aptp_platform.data.captions import READER_CPUS, decode_rows, read_captioned, source_files
+from aptp_platform.config import ModelConfig, RunConfig, to_tree
+from aptp_platform.data.captions import READER_CPUS, SourceFile, decode_rows, read_captioned, source_files
 from aptp_platform.data.encoded import FAULTS, encoded_table, write_rows
 from aptp_platform.models import check_pipeline, fetch_model, load_vae
 from aptp_platform.progress import Progress
-from aptp_platform.storage import Store
+from aptp_platform.storage import StorageConfig, Store
 
 FILES_A_WAVE = 256
 PARTIAL = ".partial"
 QUARANTINE = "quarantine.parquet"
-
-
-@dataclass(frozen=True)
-class Split:
-    """One of the two data sets, and the files it comes from."""
-
-    name: str
-    pattern: str
-    files: tuple[str, ...]
 
 
 def encode(config: RunConfig) -> dict[str, Any]:
@@ -53,33 +43,36 @@ def encode(config: RunConfig) -> dict[str, Any]:
         ValueError: nothing to read, a model that is not whole, or more bad rows or bad files than
             `data.max_bad_share` of all; then nothing is published but the quarantine.
     """
-    splits = [_split(config, name) for name in ("train", "heldout")]
+    files = source_files(config.data, config.storage)
     check_pipeline(config.model, config.storage)
     store = Store.open(config.root, config.storage).join("encoded")
-    rows, faults = {}, {}
-    for split in splits:
-        rows[split.name], faults[split.name] = _encode_split(config, split, store)
+    written = _encode_waves(config, files, store)
+    faults = [fault for part in written for fault in part["faults"]]
     with store.open_file(QUARANTINE, "wb") as stream:
-        pq.write_table(pa.concat_tables(faults.values()), stream)
-    for split in splits:
-        _check_share(config, split, rows[split.name], faults[split.name], store)
-    for split in splits:
-        for wave in _waves(split):
-            store.remove(_record(split, wave))  # first: what is moved must not be taken for still there
-        store.move(f"{PARTIAL}/{split.name}", split.name)
+        pq.write_table(pa.Table.from_pylist(faults, FAULTS), stream)
+    rows = {"train": 0, "heldout": 0}
+    for split in rows:
+        parts = [part for part in written if part["split"] == split]
+        rows[split] = sum(part["rows"] for part in parts)
+        bad = [fault for part in parts for fault in part["faults"]]
+        _check_share(config, split, [file for file in files if file.split == split], rows[split], bad, store)
+    store.remove(f"{PARTIAL}/origin.json")  # first: what is moved must not be taken for still there
+    for split in rows:
+        store.move(f"{PARTIAL}/{split}", split)
     store.remove(PARTIAL)
-    causes = Counter(cause for table in faults.values() for cause in table["cause"].to_pylist())
+    causes = Counter(fault["cause"] for fault in faults)
     return {"rows": rows["train"], "held-out rows": rows["heldout"], "bad rows": causes.total(), "causes": dict(causes)}
 
 
-def encoded_rows(config: RunConfig, pattern: str, files: slice = slice(None)) -> ray.data.Dataset:
-    """The stream of encoded rows, with no cache: the columns of `encoded_table`, and `fault` and `detail`."""
-    settings: EncodeConfig = config.encode
-    read = read_captioned(config.data, config.storage, pattern, files)
-    decoded = read.map_batches(
+def encoded_rows(config: RunConfig, files: Sequence[SourceFile]) -> ray.data.Dataset:
+    """The stream of encoded rows, with no cache: the columns of `encoded_table`, and `split`, `fault`, `detail`."""
+    settings = config.encode
+    readers, actors = min(settings.readers, len(files)), min(settings.actors, len(files))
+    decoded = read_captioned(config.data, config.storage, files, readers).map_batches(
         partial(decode_rows, config.data.image_size),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=readers),
         num_cpus=READER_CPUS,
     )
     encoded = decoded.map_batches(
@@ -87,7 +80,7 @@ def encoded_rows(config: RunConfig, pattern: str, files: slice = slice(None)) ->
         fn_constructor_args=(config.model, config.storage, settings.gpus_per_actor > 0),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=settings.actors),
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor,
     )
@@ -112,93 +105,101 @@ class Encoder:
         faults, details = table["fault"].to_pylist(), table["detail"].to_pylist()
         for row, finite in enumerate(np.isfinite(latents).all((1, 2, 3))):
             if not finite and not faults[row]:
-                faults[row], details[row] = (
-                    "image",
-                    "the autoencoder gives numbers that are not finite in half precision",
-                )
+                faults[row], details[row] = "image", "the autoencoder's numbers are not finite in half precision"
         encoded = encoded_table(
             table["position"], table["key"], latents, captions, self._embed(captions), table["tags"]
         )
-        return encoded.append_column("fault", pa.array(faults)).append_column("detail", pa.array(details))
+        for name, column in (("split", table["split"]), ("fault", pa.array(faults)), ("detail", pa.array(details))):
+            encoded = encoded.append_column(name, column)
+        return encoded
 
     def _embed(self, captions: list[list[str]]) -> list[np.ndarray]:
         flat = [text for each in captions for text in each]
-        embedded = (
-            self.prompts.encode(flat).cpu().half().numpy() if flat else np.empty((0, self.prompts.dim), np.float16)
-        )
+        embedded = np.empty((0, self.prompts.dim), np.float16)
+        if flat:
+            embedded = self.prompts.encode(flat).cpu().half().numpy()
         return np.split(embedded, np.cumsum([len(each) for each in captions])[:-1])
 
 
-def _encode_split(config: RunConfig, split: Split, store: Store) -> tuple[int, pa.Table]:
-    """All waves of a split into the partial folder; those on record are not done again."""
-    target = store.join(PARTIAL, split.name)
-    rows, faults = 0, []
-    with Progress(f"encode {split.name}", len(split.files)) as progress:
-        for wave in _waves(split):
-            files = split.files[wave]
-            record = _record(split, wave)
-            known = store.read_json(record) if store.exists(record) else None
-            if known is None or known["files"] != list(files):
-                for part in target.list("part-*"):
-                    if wave.start <= int(part.split("-")[1]) < wave.stop:
-                        target.remove(part)
-                known = _encode_wave(config, split, wave, target, progress)
-                store.write_json(record, known)
-            rows += known["rows"]
-            faults.append(pa.Table.from_pylist(known["faults"], FAULTS))
-            progress.update(min(wave.stop, len(split.files)), images=rows, bad=sum(map(len, faults)))
-    return rows, pa.concat_tables(faults)
+def _encode_waves(config: RunConfig, files: Sequence[SourceFile], store: Store) -> list[dict[str, Any]]:
+    """Every wave into the partial folder, those on record not again; returns what was written, and what was bad."""
+    origin = _origin(config, files)
+    record = f"{PARTIAL}/origin.json"
+    if not store.exists(record) or store.read_json(record) != origin:
+        store.remove(PARTIAL)
+    partial_folder = store.join(PARTIAL)
+    partial_folder.write_json("origin.json", origin)
+    written: list[dict[str, Any]] = []
+    with Progress("encode", len(files)) as progress:
+        for start in range(0, len(files), FILES_A_WAVE):
+            wave = files[start : start + FILES_A_WAVE]
+            record = f"wave-{start:06d}.json"
+            if not partial_folder.exists(record):
+                _remove_parts(partial_folder, wave)
+                parts = []
+                for part in _encode_wave(config, wave, partial_folder):
+                    parts.append(part)
+                    done = next(i for i, f in enumerate(files) if (f.split, f.place) == (part["split"], part["place"]))
+                    progress.update(done, **_facts([*written, *parts]))
+                partial_folder.write_json(record, parts)
+            written += partial_folder.read_json(record)
+            progress.update(start + len(wave), **_facts(written))
+    return written
 
 
-def _encode_wave(config: RunConfig, split: Split, wave: slice, target: Store, progress: Progress) -> dict[str, Any]:
-    written = encoded_rows(config, split.pattern, wave).map_batches(
+def _encode_wave(config: RunConfig, wave: Sequence[SourceFile], target: Store) -> Iterator[dict[str, Any]]:
+    written = encoded_rows(config, wave).map_batches(
         partial(write_rows, target),
         batch_size=config.encode.rows_per_file,
         batch_format="pyarrow",
         num_cpus=READER_CPUS,
     )
-    rows, faults = 0, []
     with plain_errors():
-        for table in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for each in table.to_pylist():
-                rows += each["rows"]
-                faults += each["faults"]
-                progress.update(each["place"], images=rows, bad=len(faults))
-    return {"files": list(split.files[wave]), "rows": rows, "faults": faults}
+        for batch in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from cast(pa.Table, batch).to_pylist()
 
 
-def _check_share(config: RunConfig, split: Split, rows: int, faults: pa.Table, store: Store) -> None:
+def _origin(config: RunConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """What encoded rows are made from: waves of another origin are worth nothing."""
+    source = Store.open(config.data.source, config.storage)
+    return {
+        "files": [f"{file.split} {file.name}" for file in files],
+        "versions": [source.fingerprint(pattern) for pattern in (config.data.train, config.data.heldout)],
+        "image_size": config.data.image_size,
+        "model": to_tree(config.model),
+    }
+
+
+def _remove_parts(partial_folder: Store, wave: Sequence[SourceFile]) -> None:
+    """What an interrupted wave has left."""
+    ours = {(file.split, file.place) for file in wave}
+    for part in partial_folder.list("*/part-*"):
+        split, _, name = part.partition("/")
+        if (split, int(name.split("-")[1])) in ours:
+            partial_folder.remove(part)
+
+
+def _facts(written: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {"images": sum(part["rows"] for part in written), "bad": sum(len(part["faults"]) for part in written)}
+
+
+def _check_share(
+    config: RunConfig, split: str, files: Sequence[SourceFile], rows: int, faults: list[dict[str, str]], store: Store
+) -> None:
     """Bad rows are held against all rows, bad files against all files: a lost file is more than one lost row."""
-    causes = faults["cause"].to_pylist()
     allowed = config.data.max_bad_share
-    files = causes.count("shard")
-    for kind, bad, total in (
-        ("files", files, len(split.files)),
-        ("rows", len(causes) - files, rows + len(causes) - files),
-    ):
-        if bad > allowed * total:
-            worst = next(row for row in faults.to_pylist() if (row["cause"] == "shard") == (kind == "files"))
+    bad_files = [fault for fault in faults if fault["cause"] == "shard"]
+    bad_rows = [fault for fault in faults if fault["cause"] != "shard"]
+    for kind, bad, total in (("files", bad_files, len(files)), ("rows", bad_rows, rows + len(bad_rows))):
+        if len(bad) > allowed * total:
+            first = bad[0]
             raise ValueError(
-                f"data.{split.name}: {bad} of {total} {kind} are bad, data.max_bad_share allows {allowed:g}: first "
-                f"{worst['key']}: {worst['cause']}: {worst['detail']}; all are listed in {store.uri}/{QUARANTINE}: "
+                f"data.{split}: {len(bad)} of {total} {kind} are bad, data.max_bad_share allows {allowed:g}: first "
+                f"{first['key']}: {first['cause']}: {first['detail']}; all are listed in {store.uri}/{QUARANTINE}: "
                 "repair them, or allow more"
             )
     if not rows:
-        raise ValueError(f"data.{split.name}: {split.pattern!r}: no row came of {len(split.files)} files; name others")
-
-
-def _split(config: RunConfig, name: str) -> Split:
-    pattern = getattr(config.data, name)
-    return Split(name, pattern, tuple(source_files(config.data, config.storage, pattern)))
-
-
-def _waves(split: Split) -> list[slice]:
-    starts = range(0, len(split.files), FILES_A_WAVE)
-    return [slice(start, start + FILES_A_WAVE) for start in starts]
-
-
-def _record(split: Split, wave: slice) -> str:
-    return f"{PARTIAL}/{split.name}-{wave.start:06d}.json"
+        raise ValueError(f"data.{split}: {len(files)} files hold no row; name others")
 
 
 @contextmanager

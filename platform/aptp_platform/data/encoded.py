@@ -21,10 +21,13 @@ from ray.data.extensions import ArrowVariableShapedTensorArray
 
 from aptp_platform.storage import Store
 
-READER_CPUS = 0.25
+READER_CPUS = 0.1
+READERS = 4
 GROUP_ROWS = 256  # rows of a row group: what a reader holds
 FAULTS = pa.schema({"key": pa.string(), "cause": pa.string(), "detail": pa.string()})
-WRITTEN = pa.schema({"place": pa.int64(), "rows": pa.int64(), "faults": pa.list_(pa.struct(list(FAULTS)))})
+WRITTEN = pa.schema(
+    {"split": pa.string(), "place": pa.int64(), "rows": pa.int64(), "faults": pa.list_(pa.struct(list(FAULTS)))}
+)
 
 
 def choose_caption(key: str, count: int, epoch: int, seed: int) -> int:
@@ -67,15 +70,19 @@ def write_part(store: Store, name: str, table: pa.Table) -> None:
 
 
 def write_rows(store: Store, table: pa.Table) -> pa.Table:
-    """Good rows to a file that is named by its first row's position; returns what was written and what was bad."""
-    good = table.filter(pc.equal(table["fault"], "")).drop_columns(["fault", "detail"])
-    bad = table.filter(pc.not_equal(table["fault"], "")).select(["key", "fault", "detail"])
-    if len(good):
-        place, row = divmod(good["position"][0].as_py(), 1 << 32)
-        write_part(store, f"part-{place:06d}-{row:09d}.parquet", good)
-    faults = bad.rename_columns(FAULTS.names).to_pylist()
-    place = table["position"][len(table) - 1].as_py() >> 32
-    return pa.Table.from_pylist([{"place": place, "rows": len(good), "faults": faults}], WRITTEN)
+    """Good rows to a file of their split, named by its first row's position; returns what was written and was bad."""
+    written = []
+    for split in pc.unique(table["split"]).to_pylist():
+        rows = table.filter(pc.equal(table["split"], split))
+        good = rows.filter(pc.equal(rows["fault"], "")).drop_columns(["split", "fault", "detail"])
+        bad = rows.filter(pc.not_equal(rows["fault"], "")).select(["key", "fault", "detail"])
+        if len(good):
+            place, row = divmod(good["position"][0].as_py(), 1 << 32)
+            write_part(store, f"{split}/part-{place:06d}-{row:09d}.parquet", good)
+        place = rows["position"][len(rows) - 1].as_py() >> 32
+        faults = bad.rename_columns(FAULTS.names).to_pylist()
+        written.append({"split": split, "place": place, "rows": len(good), "faults": faults})
+    return pa.Table.from_pylist(written, WRITTEN)
 
 
 def read_encoded(store: Store, columns: Sequence[str] | None = None) -> ray.data.Dataset:
@@ -87,7 +94,10 @@ def read_encoded(store: Store, columns: Sequence[str] | None = None) -> ray.data
     names = store.require("*.parquet", "root, or run the encode job first")
     items = [{"name": name} for name in names]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        partial(_read_parts, store, list(columns) if columns else None), batch_size=1, num_cpus=READER_CPUS
+        partial(_read_parts, store, list(columns) if columns else None),
+        batch_size=1,
+        compute=ray.data.TaskPoolStrategy(size=min(READERS, len(names))),
+        num_cpus=READER_CPUS,
     )
 
 

@@ -101,7 +101,7 @@ class _StrictMember(tarfile.TarInfo):
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictMember":
         try:
             return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the typeshed does not know it
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"breaks off: {error}") from None

@@ -1,0 +1,81 @@
+"""Every caption goes to the code that the router says, file by file; a code that nobody uses is an error."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+
+from aptp.router import Router, RouterConfig
+from aptp.sites import read_space
+from aptp_platform.config import RunConfig
+from aptp_platform.data.assign import assign
+from aptp_platform.data.encoded import encoded_table, write_part
+from aptp_platform.storage import Store
+
+DIM = 6
+COUNTS = (1, 3, 2, 1, 4, 2)  # captions of each row
+
+
+@pytest.fixture
+def config(tmp_path, local_ray) -> RunConfig:
+    """Two encoded files, and a router whose codes are what it predicts for the first and the last caption."""
+    root = Store.open(tmp_path)
+    noise = np.random.default_rng(0)
+    embeddings = [noise.standard_normal((count, DIM)).astype(np.float16) for count in COUNTS]
+    for part in range(2):
+        rows = range(part * 3, part * 3 + 3)
+        table = encoded_table(
+            list(rows),
+            [f"key-{row}" for row in rows],
+            noise.standard_normal((3, 4, 2, 2)).astype(np.float16),
+            [[f"caption {row} {number}" for number in range(COUNTS[row])] for row in rows],
+            [embeddings[row] for row in rows],
+            ["{}"] * 3,
+        )
+        write_part(root, f"encoded/train/part-{part:06d}-000000000.parquet", table)
+    router = Router(read_space(tiny.unet()), RouterConfig(2, DIM), generator=torch.Generator().manual_seed(0))
+    ends = torch.from_numpy(np.stack([embeddings[0][0], embeddings[-1][-1]])).float()
+    with torch.no_grad():
+        router.codes.copy_(router.predictor(ends))
+    router.save(tmp_path / "pruned" / "router")
+    return replace(RunConfig(), root=str(tmp_path))
+
+
+def test_each_caption_has_the_code_that_the_router_gives_it_alone(config):
+    summary = assign(config)
+    root = Path(config.root)
+    router = Router.load(root / "pruned" / "router")
+    files = sorted(path.name for path in (root / "encoded" / "train").iterdir())
+    assert sorted(path.name for path in (root / "assigned").iterdir()) == files
+    usage = torch.zeros(2)
+    for name in files:
+        encoded = pq.read_table(root / "encoded" / "train" / name).to_pylist()
+        assigned = pq.read_table(root / "assigned" / name).to_pylist()
+        assert [row["key"] for row in assigned] == [row["key"] for row in encoded]
+        for row, given in zip(encoded, assigned, strict=True):
+            for embedding, code in zip(row["embeddings"], given["codes"], strict=True):
+                (expected,) = router.route_embeddings(torch.from_numpy(embedding)[None].float()).indices
+                assert code == expected
+                usage[code] += 1
+    assert summary["captions"] == sum(COUNTS)
+    assert summary["shares"] == pytest.approx((usage / usage.sum()).tolist(), abs=1e-6)
+
+
+def test_a_code_nobody_uses_is_named(config):
+    folder = Path(config.root) / "pruned" / "router"
+    router = Router.load(folder)
+    with torch.no_grad():
+        router.bias[1] = -10.0
+    router.save(folder)
+    with pytest.raises(ValueError, match=r"no prompt is routed to code 1 of 2"):
+        assign(config)
+
+
+def test_nothing_to_route_is_named(config):
+    Store.open(config.root).remove("encoded")
+    with pytest.raises(ValueError, match="run the encode job first"):
+        assign(config)
