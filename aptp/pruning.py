@@ -198,7 +198,9 @@ class PruningStage(nn.Module):
             ratios = gather(self.table.ratio(router.harden(free_prompts)))
             shares = torch.ones_like(ratios)
         else:
-            ratios, shares = code_ratios, self.usage.clone()
+            # Half the weight is the transport's equal share: a code that inference does not use yet would otherwise
+            # have no budget, drift away from the others, and stay unused.
+            ratios, shares = code_ratios, (self.usage + 1 / router.num_codes) / 2
         ratio = (shares * ratios).sum() / shares.sum()
         terms["resource"] = resource_loss(ratio, config.budget)
         terms["spread"] = -spread(ratios, shares)
