@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from toy_stage import ToyModule
 
 from aptp_platform.config import EngineConfig, TrainingConfig
@@ -33,7 +33,7 @@ def run_ranks(ranks: int, stages: tuple[int, ...], folder: Path) -> list[dict[st
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, (ranks, stages, port, folder), nprocs=ranks)
+    spawn(_rank, (ranks, stages, port, folder), nprocs=ranks)
     found: list[dict[str, Any]] = torch.load(folder / "found.pt", weights_only=True)
     return found
 

@@ -108,9 +108,7 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     encoded = shared.join("encoded", "train")
     pruned = prune(own, encoded)
     cut(own, encoded)
-    loss, full, ratio = ray.get(
-        _score.options(num_gpus=config.prune.gpus_per_worker).remote(own, shared, pruned["ratios"])
-    )
+    loss, full, ratio = ray.get(_score.remote(own, shared, pruned["ratios"]))
     trial = Trial(
         num_codes, budget, folder.uri, ratio, loss, loss - full, pruned["usage"], round(time.monotonic() - started, 1)
     )

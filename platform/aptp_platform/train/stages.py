@@ -26,7 +26,7 @@ from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
 from aptp_platform.train.stream import Stream, latent_size
 
-CALIBRATION_PROMPTS = 4096  # the budget is met on so many prompts of the training set, evenly taken
+CALIBRATION_PROMPTS = 2048  # the budget is met on so many prompts of the training set, evenly taken
 
 
 @dataclass(frozen=True)

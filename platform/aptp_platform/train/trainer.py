@@ -153,7 +153,7 @@ def _run_group(stage: Stage, runs: Store, name: str) -> Summary:
     filesystem, path = runs.arrow()
     trainer: Any = TorchTrainer(
         train,  # type: ignore[arg-type]
-        train_loop_config={"stage": cloudpickle.dumps(stage)},
+        train_loop_config={"stage": cloudpickle.dumps(stage)},  # type: ignore[no-untyped-call]
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.gpus_per_worker > 0,
