@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE := disabled
-# Everything that Ray starts, and DeepSpeed's compiler, look their programs up here.
+# Everything that Ray starts looks `python` up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help setup check test demo serve lock clean
@@ -19,7 +19,6 @@ help:
 setup: .venv/.ready .venv-s3/.ready ## build .venv (and .venv-s3, the S3 server of the tests) from the lock files
 
 .venv/.ready: requirements.lock pyproject.toml
-	@command -v g++ >/dev/null || { echo "error: g++ is missing and DeepSpeed compiles with it; install it (Debian: apt-get install g++)" >&2; exit 2; }
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing; install Python 3.11 or give PYTHON=/path/to/it" >&2; exit 2; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv

@@ -17,7 +17,7 @@ def local_ray() -> Iterator[None]:
         object_store_memory=250_000_000,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

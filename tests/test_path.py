@@ -76,7 +76,7 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
             timeout=60,
         )
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        serve.shutdown()
     assert answer.status_code == 200, answer.text
     image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
     assert image.format == "PNG"

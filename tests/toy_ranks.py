@@ -22,7 +22,7 @@ CONFIG = {"seed": 0, "prune": {"batch_size": 4}}
 class GlobalLoss(ToyModule):
     """The toy's parameters under a loss that only the whole batch has."""
 
-    def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, rows: Tensor) -> Tensor:
         everybody = gather_rows(self.linear(self.frozen(rows)) @ self.codes)
         return (everybody.std(0).log().square() + everybody.mean(0).square()).sum()
 

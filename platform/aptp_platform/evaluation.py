@@ -96,13 +96,13 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
             extra = losses[arm] - losses[TEACHER]
             facts["extra_loss"] = float(extra.mean())
             facts["extra_loss_95"] = _interval(extra)
-    ratios = [part.ratio for part in parts if part.arm == "experts"]
+    expert_ratios = [part.ratio for part in parts if part.arm == "experts"]
     metrics = {
         "held_out": len(codes),
         "generated": min(len(codes), config.evaluate.generated),
         "arms": arms,
         "codes": _code_facts(parts, codes),
-        "kinds": _kind_facts(held.kinds, codes, ratios, losses),
+        "kinds": _kind_facts(held.kinds, codes, expert_ratios, losses),
         "experts_minus_baselines": {
             arm: {
                 "mean": float((losses["experts"] - losses[arm]).mean()),

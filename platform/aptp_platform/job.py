@@ -1,6 +1,7 @@
 """What every job script does: read the config, join the cluster, run one stage, end with one line."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ def run_function(
     try:
         config = load_config(args.config, args.set)
         # Outside a submitted job there is no address: a cluster of this process's own, never a stranger's.
-        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, logging_level="warning")
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, logging_level=logging.WARNING)
         function(config)
     except ValueError as error:
         print(f"error: {cause_of(error)}", file=sys.stderr, flush=True)

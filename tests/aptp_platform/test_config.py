@@ -1,6 +1,7 @@
 """A config states what differs, prints back whole, and says in one line what is wrong with it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,11 +14,11 @@ MINIMAL = {"data": {"source": "s3://bucket/shards"}, "model": {"pipeline": "/mod
 DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
 
 
-def merged(**sections) -> dict:
+def merged(**sections) -> dict[str, Any]:
     return {**MINIMAL, **{name: {**MINIMAL.get(name, {}), **fields} for name, fields in sections.items()}}
 
 
-def refusal(tree: dict) -> str:
+def refusal(tree: dict[str, Any]) -> str:
     with pytest.raises(ConfigError, match=r"^[^\n]+$") as caught:
         parse_config(tree)
     return str(caught.value)

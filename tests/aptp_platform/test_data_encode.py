@@ -1,6 +1,7 @@
 """Encoding is a function of the row alone, publishes all or nothing, and accounts for every bad row."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -43,11 +44,11 @@ def config(model, tmp_path_factory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def summary(config) -> dict:
+def summary(config) -> dict[str, Any]:
     return encode(config)
 
 
-def rows_of(config: RunConfig, split: str = "train") -> list[dict]:
+def rows_of(config: RunConfig, split: str = "train") -> list[dict[str, Any]]:
     store = Store.open(config.root, config.storage).join("encoded", split)
     return sorted(read_encoded(store).take_all(), key=lambda row: row["position"])
 

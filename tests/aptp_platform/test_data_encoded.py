@@ -1,6 +1,7 @@
 """The stored rows round-trip bit for bit, and captions are chosen by one rule."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ from aptp_platform.data.encoded import choose_caption, encoded_table, read_encod
 from aptp_platform.storage import Store
 
 
-def rows(first: int, count: int) -> dict[str, list]:
+def rows(first: int, count: int) -> dict[str, Any]:
     noise = np.random.default_rng(first)
     counts = [1 + index % 3 for index in range(count)]
     return {

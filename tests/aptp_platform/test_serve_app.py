@@ -68,7 +68,7 @@ def url(local_ray: None, args: ServeArgs) -> Iterator[str]:
     serve.run(build(args), name="aptp", route_prefix="/")
     wait_for(f"http://127.0.0.1:{port}/ready")
     yield f"http://127.0.0.1:{port}"
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    serve.shutdown()
 
 
 def wait_for(url: str, seconds: float = 120.0) -> None:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,8 @@ def _encode_captions(config: TeacherConfig, captions: list[tuple[str, ...]]) -> 
         for start in range(0, len(texts), 128):
             states.append(encode(texts[start : start + 128]))
             progress.update(start + len(states[-1]))
-    return {"texts": torch.cat(states).unflatten(0, (len(captions), -1)), "null_text": encode([""])[0]}
+    grouped = torch.cat(states).reshape(len(captions), -1, *states[0].shape[1:])
+    return {"texts": grouped, "null_text": encode([""])[0]}
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -130,6 +132,6 @@ def write_pipeline(config: TeacherConfig, vae: AutoencoderKL, unet: UNet2DCondit
         fresh.rename(target)
 
 
-def _half(module: torch.nn.Module) -> torch.nn.Module:
+def _half(module: Any) -> Any:
 
     return copy.deepcopy(module).half()

@@ -153,7 +153,7 @@ def _run_group(stage: Stage, runs: Store, name: str) -> Summary:
     filesystem, path = runs.arrow()
     trainer: Any = TorchTrainer(
         train,  # type: ignore[arg-type]
-        train_loop_config={"stage": cloudpickle.dumps(stage)},  # type: ignore[no-untyped-call]
+        train_loop_config={"stage": cloudpickle.dumps(stage)},
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.gpus_per_worker > 0,
@@ -180,7 +180,7 @@ def _run_group(stage: Stage, runs: Store, name: str) -> Summary:
 
 def _groups_at_once(training: TrainingConfig) -> int:
     """How many worker groups, each with its readers, fit into the cluster as it is now."""
-    room: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    room: dict[str, float] = ray.cluster_resources()
     needs = {
         "CPU": training.workers * (training.cpus_per_worker + READERS * READER_CPUS),
         "GPU": training.workers * training.gpus_per_worker,
@@ -191,5 +191,5 @@ def _groups_at_once(training: TrainingConfig) -> int:
 def _capacity() -> dict[str, float]:
     """What the cluster has, or what its autoscaler may bring it to."""
     most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    now: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    now: dict[str, float] = ray.cluster_resources()
     return {resource: max(now.get(resource, 0.0), most.get(resource, 0.0)) for resource in {*now, *most}}
