@@ -14,8 +14,8 @@ LIBRARY = [
     "router", "losses", "pruning", "baselines", "finetuning", "release", "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = [
-    "storage", "config", "progress", "models", "data", "teacher", "train", "cutting", "report", "evaluation",
-    "publishing", "path", "tuner", "job", "cluster", "gallery", "demo",
+    "storage", "config", "progress", "path", "models", "data", "teacher", "train", "cutting", "report",
+    "evaluation", "publishing", "tuner", "job", "cluster", "gallery", "demo",
 ]  # fmt: skip
 FORBIDDEN_IN_LIBRARY = {"ray", "deepspeed", "yaml", "fastapi", "httpx", "s3fs", "fsspec", "pyarrow", "aptp_platform"}
 HOMES = {  # where a dependency may be imported, as path prefixes below platform/aptp_platform

@@ -1,13 +1,16 @@
 """The last stage of training: experts, router, pipeline and report become one immutable release."""
 
+import hashlib
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from aptp.expert import read_expert_info
 from diffusers import StableDiffusionPipeline
 
+import aptp
+import aptp_platform
+from aptp.expert import read_expert_info
 from aptp.prompts import PromptEncoder
 from aptp.release import ReleaseInfo, write_release
 from aptp.router import Router
@@ -57,8 +60,23 @@ def _info(config: RunConfig, expert: Path) -> ReleaseInfo:
         budget=config.router.budget,
         latent_size=known.cost.latent_size,
         num_text_tokens=known.cost.num_text_tokens,
-        training={"config": to_tree(config), "commit": _commit(), "inputs": fingerprint("encode", config)},
+        training={
+            "config": to_tree(config),
+            "commit": _commit(),
+            "code": _code_hash(),
+            "inputs": fingerprint("encode", config),
+        },
     )
+
+
+def _code_hash() -> str:
+    """One sha256 over the sources of both packages: it names the code also where there is no checkout."""
+    digest = hashlib.sha256()
+    for package in (aptp, aptp_platform):
+        folder = Path(package.__path__[0])
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _commit() -> str:
