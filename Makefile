@@ -9,6 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE := disabled
+export TRANSFORMERS_VERBOSITY := error
 # Everything that Ray starts looks `python` up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -22,14 +23,14 @@ setup: .venv/.ready .venv-s3/.ready ## build .venv (and .venv-s3, the S3 server 
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing; install Python 3.11 or give PYTHON=/path/to/it" >&2; exit 2; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps -e .
 	touch $@
 
 .venv-s3/.ready: requirements-s3.lock
 	rm -rf .venv-s3
 	$(PYTHON) -m venv .venv-s3
-	.venv-s3/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-s3.lock
+	.venv-s3/bin/pip install -qq --disable-pip-version-check --no-deps -r requirements-s3.lock
 	touch $@
 
 check: setup ## ruff, format, mypy, import rules

@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import base64
 import io
+import logging
 import re
 import signal
 import statistics
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console()
+    logging.disable(logging.WARNING)  # the clients of Ray tell what they upload and what they leave out
     try:
         (_serve if args.serve else _run)(args, console)
     except (ValueError, DemoError) as error:
@@ -177,7 +179,7 @@ def _show(line: str, progress: Progress, bars: dict[str, Any]) -> None:
         if name not in bars:
             bars[name] = progress.add_task(name, total=int(total), facts="")
         progress.update(bars[name], completed=int(done), total=int(total), facts=facts)
-    elif line.startswith("["):
+    elif line.startswith(tuple(f"[{stage}] " for stage in JOBS)):
         progress.console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
 
 

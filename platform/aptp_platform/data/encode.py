@@ -29,6 +29,9 @@ from aptp_platform.progress import Progress
 from aptp_platform.storage import StorageConfig, Store
 
 FILES_A_WAVE = 256
+BLOCK_BYTES = (
+    4 << 20
+)  # what travels at once: small, so that every actor has work soon and rows are written as they come
 PARTIAL = ".partial"
 QUARANTINE = "quarantine.parquet"
 
@@ -85,6 +88,7 @@ def encoded_rows(config: RunConfig, files: Sequence[SourceFile]) -> ray.data.Dat
         num_gpus=settings.gpus_per_actor,
     )
     encoded.context.execution_options.preserve_order = True
+    encoded.context.target_max_block_size = BLOCK_BYTES
     encoded.context.raise_original_map_exception = True
     encoded.context.enable_progress_bars = False
     return encoded
