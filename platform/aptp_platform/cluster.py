@@ -14,8 +14,10 @@ import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
+from ray.job_submission import JobSubmissionClient
 
 _MARK = "APTP_CLUSTER"
 START_SECONDS = 90.0
@@ -82,6 +84,18 @@ class LocalCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def submit(self, entrypoint: str, runtime_env: dict[str, Any]) -> tuple[JobSubmissionClient, str]:
+        """What `ray job submit --no-wait` does; returns a client and the job's name."""
+        client = JobSubmissionClient(self.dashboard)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return client, client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+            except RuntimeError as error:  # the dashboard answers before the node's agent does
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def stop(self) -> None:
         """End every process of this cluster; safe to call twice."""

@@ -52,7 +52,8 @@ def cut(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
     return {"networks": len(ratios), "MACs ratios": {name: round(ratios[name], 4) for name in wanted}}
 
 
-@ray.remote(num_cpus=0.5)
+# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into what the trial itself holds, next to nothing.
+@ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
 def _cut_one(config: RunConfig, name: str, code: ArchitectureCode | None, size: tuple[int, int]) -> float:
     """Cut one network and publish it; without a code it is the baseline of that name."""
     parts = load_pipeline_parts(config.model, config.storage)

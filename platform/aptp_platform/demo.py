@@ -24,7 +24,7 @@ import httpx
 import yaml
 from PIL import Image
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -140,11 +140,10 @@ def _deploy(cluster: LocalCluster, serve: dict[str, Any]) -> Iterator[httpx.Clie
 
 def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str], console: Console) -> None:
     """What `ray job submit` does, its progress lines drawn as a bar and its other lines of ours printed."""
-    client = JobSubmissionClient(cluster.dashboard)
     entry = " ".join([command, *(f"--set '{override}'" for override in overrides)])
     runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text())
     console.print(f"\n[bold]{stage}[/bold]: ray job submit -- {command}", highlight=False)
-    job = client.submit_job(entrypoint=entry, runtime_env=runtime_env)
+    client, job = cluster.submit(entry, runtime_env)
     lines: list[str] = []
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[facts]}"), console=console, refresh_per_second=4) as progress:
@@ -200,10 +199,13 @@ def _wait_ready(client: httpx.Client, cluster: LocalCluster) -> None:
                 return
         except httpx.TransportError:
             pass
+        applications = ServeSubmissionClient(cluster.dashboard).get_serve_details()["applications"]
+        if any(application["status"] == "DEPLOY_FAILED" for application in applications.values()):
+            break
         time.sleep(0.5)
     details = ServeSubmissionClient(cluster.dashboard).get_serve_details()
     message = next((app["message"] for app in details["applications"].values() if app["message"]), "no message")
-    raise DemoError(f"serve: not ready after {SERVE_SECONDS:.0f} s: {' '.join(message.split())[-400:]}")
+    raise DemoError(f"serve: the application did not become ready: {' '.join(message.split())[-400:]}")
 
 
 def _draw_all(client: httpx.Client, console: Console) -> list[Shown]:

@@ -17,6 +17,7 @@ from aptp_platform.config import ConfigError, RunConfig, to_tree
 from aptp_platform.storage import Store
 
 Summary = dict[str, Any]
+MODEL_FILES = ("**/*.json", "**/*.safetensors", "**/*.txt")  # not the card or its pictures
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def _source_facts(source: str, config: RunConfig) -> list[str]:
         return [store.fingerprint(pattern) for pattern in (config.data.train, config.data.heldout)]
     if config.model.pipeline.startswith("package:"):
         return [config.model.pipeline]
-    return [Store.open(config.model.pipeline, config.storage).fingerprint()]
+    store = Store.open(config.model.pipeline, config.storage)
+    return [store.fingerprint(pattern) for pattern in MODEL_FILES]
 
 
 def _record(name: str) -> str:

@@ -116,7 +116,8 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     return {"trial": asdict(trial)}
 
 
-@ray.remote(num_cpus=0.5)
+# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into what the trial itself holds, next to nothing.
+@ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
 @torch.no_grad()
 def _score(config: RunConfig, shared: Store, ratios: list[float]) -> tuple[float, float, float]:
     """Mean held-out loss of the experts, of the full model on the same rows and noise, and the experts' MACs ratio."""

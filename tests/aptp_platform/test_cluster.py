@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobStatus
 
 from aptp_platform.cluster import LocalCluster, free_ports, port_is_free
 
@@ -20,9 +20,8 @@ ENTRY = 'python -c "import platform, aptp_platform, aptp; print(platform.system(
 def test_a_submitted_job_runs_the_uploaded_packages_and_every_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # paths of the runtime environment are relative to where one submits
     with LocalCluster(num_cpus=1, object_store_bytes=100_000_000) as cluster:
-        client = JobSubmissionClient(cluster.dashboard)
         runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text())
-        job = client.submit_job(entrypoint=ENTRY, runtime_env=runtime_env)
+        client, job = cluster.submit(ENTRY, runtime_env)
         deadline = time.monotonic() + 120
         while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
             time.sleep(0.3)

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
+from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
 
 
@@ -55,3 +57,8 @@ def test_a_full_batch_is_the_target_of_scaling_unless_the_config_names_one() -> 
 def test_a_wrong_config_is_refused_by_name(data: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         parse(**data)
+
+
+def test_serve_validates_a_config_file_with_the_builder_s_own_type() -> None:
+    with pytest.raises(ValidationError, match="relese: unknown key; did you mean release"):
+        call_user_app_builder_with_args_if_necessary(build, {"relese": "runs/demo/release"})

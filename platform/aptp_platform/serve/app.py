@@ -4,8 +4,6 @@ serve run aptp_platform.serve.app:build release=runs/demo/release
 serve deploy serve_configs/experts.yaml
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ray import serve
@@ -21,6 +19,7 @@ from aptp_platform.serve.router import Router
 _MANY = 1024  # requests that a replica of ingress or router may have under way: they wait, they do not compute
 
 
+# No postponed annotations in this file: Ray Serve reads the type of `args` to validate a config file with it.
 def build(args: ServeArgs) -> Application:
     """The application of a release. Code 3 is the deployment `Expert-03`.
 
