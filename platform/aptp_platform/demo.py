@@ -142,7 +142,7 @@ def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str
     """What `ray job submit` does, its progress lines drawn as a bar and its other lines of ours printed."""
     entry = " ".join([command, *(f"--set '{override}'" for override in overrides)])
     runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text())
-    console.print(f"\n[bold]{stage}[/bold]: ray job submit -- {command}", highlight=False)
+    console.print(f"\n[bold]{stage}[/bold]: ray job submit -- {command}", highlight=False, soft_wrap=True)
     client, job = cluster.submit(entry, runtime_env)
     lines: list[str] = []
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -245,7 +245,7 @@ def _real_features(config: RunConfig) -> Float[Tensor, "real dim"]:
         decoded = decode_rows(config.data.image_size, batch)
         good = decoded.filter(pc.equal(decoded["fault"], ""))
         if len(good):
-            pixels = torch.from_numpy(good["image"].combine_chunks().to_numpy_ndarray())
+            pixels = torch.tensor(good["image"].combine_chunks().to_numpy_ndarray())
             features.append(extractor(pixels.float() / 127.5 - 1))
     return torch.cat(features)
 

@@ -103,7 +103,7 @@ class Encoder:
         self.prompts = PromptEncoder.load(fetch_model(model.prompt_encoder, storage)).to(device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        pixels = torch.from_numpy(table["image"].combine_chunks().to_numpy_ndarray())
+        pixels = torch.tensor(table["image"].combine_chunks().to_numpy_ndarray())
         latents = encode_images(self.vae, pixels.to(self.vae.device).float() / 127.5 - 1).cpu().half().numpy()
         captions = table["captions"].to_pylist()
         faults, details = table["fault"].to_pylist(), table["detail"].to_pylist()
