@@ -1,5 +1,6 @@
 """A Serve config file: what differs for one code is laid over what holds for all; unknown keys name the nearest one."""
 
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -60,5 +61,6 @@ def test_a_wrong_config_is_refused_by_name(data: dict[str, Any], named: str) -> 
 
 
 def test_serve_validates_a_config_file_with_the_builder_s_own_type() -> None:
+    assert isinstance(build, FunctionType)
     with pytest.raises(ValidationError, match="relese: unknown key; did you mean release"):
         call_user_app_builder_with_args_if_necessary(build, {"relese": "runs/demo/release"})
