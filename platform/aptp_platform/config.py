@@ -116,6 +116,8 @@ class EvaluateConfig:
     inference_steps: int = 25
     guidance_scale: float = 7.5
     batch_size: int = 16
+    cpus_per_network: float = 1.0  # each network is scored by a task of its own
+    gpus_per_network: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,9 @@ def _check(config: RunConfig) -> None:
     for rule in ("batch_size", "readers", "actors", "rows_per_file"):
         _rule(getattr(config.encode, rule) >= 1, f"encode.{rule}", getattr(config.encode, rule), "at least 1")
     _rule(config.encode.cpus_per_actor > 0, "encode.cpus_per_actor", config.encode.cpus_per_actor, "above 0")
+    _rule(
+        config.evaluate.cpus_per_network > 0, "evaluate.cpus_per_network", config.evaluate.cpus_per_network, "above 0"
+    )
     for name in ("prune", "finetune"):
         stage: TrainingConfig = getattr(config, name)
         for rule in ("steps", "batch_size", "workers", "checkpoint_every"):

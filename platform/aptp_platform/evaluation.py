@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 
 from aptp.expert import load_expert, read_expert_info
 from aptp.latents import encode_texts
@@ -119,8 +119,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     experts = arms["experts"]
     return {
         "held-out rows": len(codes),
-        "teacher's loss": round(arms[TEACHER]["denoising_loss"], 4),
-        **{f"{arm}'s loss": round(arms[arm]["denoising_loss"], 4) for arm in arms if arm != TEACHER},
+        **{f"loss of {arm}": round(facts["denoising_loss"], 4) for arm, facts in arms.items()},
         "experts' MACs ratio": round(experts["macs_ratio"], 3),
     }
 
@@ -163,7 +162,10 @@ def _ratio(root: Store, folder: str) -> float:
 
 def _score_all(config: RunConfig, held: HeldOut, parts: list[Part]) -> list[Scores]:
     shared, settings = ray.put(held), ray.put(config)
-    pending = {_score.remote(settings, shared, part): index for index, part in enumerate(parts)}
+    task = _score.options(num_cpus=config.evaluate.cpus_per_network, num_gpus=config.evaluate.gpus_per_network)
+    # The one with most rows first, so that no long one is left for last.
+    order = sorted(range(len(parts)), key=lambda index: -len(parts[index].rows))
+    pending = {task.remote(settings, shared, parts[index]): index for index in order}
     scored: dict[int, Scores] = {}
     with Progress("evaluate", len(parts)) as progress:
         progress.update(0)
@@ -175,40 +177,41 @@ def _score_all(config: RunConfig, held: HeldOut, parts: list[Part]) -> list[Scor
     return [scored[index] for index in range(len(parts))]
 
 
-@ray.remote(num_cpus=1)
+@ray.remote
 def _score(config: RunConfig, held: HeldOut, part: Part) -> Scores:
     parts = load_pipeline_parts(config.model, config.storage)
     unet = parts.unet
     if part.network is not None:
         with tempfile.TemporaryDirectory() as scratch:
             unet = load_expert(Store.open(config.root, config.storage).fetch(part.network, scratch))
-    unet = unet.eval()
+    device = torch.device("cuda" if config.evaluate.gpus_per_network else "cpu")
     pipeline = StableDiffusionPipeline(
-        unet=unet, vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
+        unet=unet.eval(), vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
         scheduler=parts.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     generated = [row for row in part.rows if row < config.evaluate.generated]
     features, thumbnails = _generate(config, pipeline, held, generated)
-    return Scores(_losses(config, pipeline, unet, held, part.rows), features, thumbnails)
+    return Scores(_losses(config, pipeline, held, part.rows), features, thumbnails)
 
 
 @torch.no_grad()
 def _losses(
-    config: RunConfig, pipeline: StableDiffusionPipeline, unet: nn.Module, held: HeldOut, rows: list[int]
+    config: RunConfig, pipeline: StableDiffusionPipeline, held: HeldOut, rows: list[int]
 ) -> Float[np.ndarray, " row"]:
     """The mean over timesteps of each row's loss; a row's noise depends on its key alone, so arms are paired."""
-    schedule = NoiseSchedule(pipeline.scheduler)
+    schedule, device = NoiseSchedule(pipeline.scheduler).to(pipeline.device), pipeline.device
     losses = []
     for batch in _batches(rows, config.evaluate.batch_size):
-        latents = held.latents[batch]
+        latents = held.latents[batch].to(device)
         texts = encode_texts(pipeline.tokenizer, pipeline.text_encoder, [held.captions[row] for row in batch])
         noise = torch.stack([torch.randn(latents.shape[1:], generator=_generator(held.keys[row])) for row in batch])
+        at = [torch.full((len(batch),), timestep, device=device) for timestep in config.evaluate.timesteps]
         each = [
-            paired_denoising_loss(unet, schedule, latents, texts, noise, torch.full((len(batch),), timestep))
-            for timestep in config.evaluate.timesteps
+            paired_denoising_loss(pipeline.unet, schedule, latents, texts, noise.to(device), timesteps)
+            for timesteps in at
         ]
-        losses.append(torch.stack(each).mean(0))
+        losses.append(torch.stack(each).mean(0).cpu())
     return torch.cat(losses).numpy().astype(np.float64)
 
 
@@ -217,7 +220,7 @@ def _generate(
     config: RunConfig, pipeline: StableDiffusionPipeline, held: HeldOut, rows: list[int]
 ) -> tuple[Float[np.ndarray, "generated dim"], list[bytes]]:
     """Features of one image a row, seeded by the row's key, and each image as a small PNG."""
-    extractor = Lite0()
+    extractor = Lite0().to(pipeline.device)
     features, thumbnails = [np.zeros((0, extractor.dim), np.float32)], []
     for batch in _batches(rows, config.evaluate.batch_size):
         images = pipeline(
@@ -227,9 +230,9 @@ def _generate(
             generator=[_generator(held.keys[row]) for row in batch],
             output_type="pt",
         ).images
-        features.append(extractor(images * 2 - 1).numpy())
+        features.append(extractor(images * 2 - 1).cpu().numpy())
         for image in images:
-            pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+            pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             buffer = io.BytesIO()
             Image.fromarray(pixels).resize((64, 64), Image.Resampling.LANCZOS).save(buffer, "PNG")
             thumbnails.append(buffer.getvalue())
