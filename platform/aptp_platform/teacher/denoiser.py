@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -157,9 +157,8 @@ def _denoising_loss(
     captionless = torch.rand(len(rows), generator=generator) < config.captionless_share
     texts = torch.where(captionless[:, None, None], data.null_text.float(), texts)
     noise = torch.randn(latents.shape, generator=generator)
-    # One timestep in each of `batch` equal slices of the schedule: the same distribution, a steadier gradient.
-    slots = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
-    timesteps = (slots * scheduler.config.num_train_timesteps).long()
+    uniform = torch.rand(len(rows), generator=generator)
+    timesteps = stratified_timesteps(uniform, scheduler.config.num_train_timesteps)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     target = scheduler.get_velocity(latents, noise, timesteps)
     with torch.autocast("cpu", torch.bfloat16):  # weights and moments stay in fp32
@@ -168,6 +167,16 @@ def _denoising_loss(
     alphas = scheduler.alphas_cumprod[timesteps]
     snr = alphas / (1 - alphas)
     return ((snr + 1).clamp(max=config.min_snr_gamma) / (snr + 1) * error).mean()
+
+
+def stratified_timesteps(uniform: Float[Tensor, " batch"], num_timesteps: int) -> Int[Tensor, " batch"]:
+    """One timestep in each of `batch` equal slices of 0..num_timesteps-1: uniform over batches, a steadier gradient.
+
+    Args:
+        uniform: where in its slice each one lies, in [0, 1).
+    """
+    places = (torch.arange(len(uniform)) + uniform) / len(uniform)
+    return (places * num_timesteps).long().clamp(max=num_timesteps - 1)  # in fp32 the last place may round up to 1
 
 
 def _save(
