@@ -3,7 +3,6 @@
 L = l_task denoising + l_out ||expert - teacher||^2 + l_feat features                          (APTP, section 3)
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,29 +12,7 @@ from torch import Tensor, nn
 from aptp.gates import block_features
 from aptp.latents import Batch
 from aptp.losses import LossTerms, NoiseSchedule, denoising_loss, feature_loss, output_loss, sample_noise
-
-
-@dataclass(frozen=True)
-class FinetuningConfig:
-    """The objective of stage 2; weights are the official ones for CC3M (COCO: 1.0, 0.2, 0.2).
-
-    null_share: the share of a batch whose caption is replaced by the null prompt. The official code has none, so the
-        branch that classifier-free guidance subtracts was never trained in the cut network.
-    """
-
-    denoising_weight: float = 0.01
-    output_weight: float = 0.5
-    feature_weight: float = 0.5
-    snr_gamma: float = 5.0
-    normalise_features: bool = True
-    null_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.null_share < 1:
-            raise ValueError(f"null_share must lie in [0, 1), it is {self.null_share}")
-        negative = [name for name, value in vars(self).items() if name.endswith("_weight") and value < 0]
-        if negative:
-            raise ValueError(f"{negative[0]} must not be negative, it is {getattr(self, negative[0])}")
+from aptp.objectives import FinetuningConfig
 
 
 class FinetuningStage(nn.Module):

@@ -10,7 +10,6 @@ from typing import Any, Final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
 _GROUP_SIZE: Final = 64  # rows of one forward pass: enough to fill a core, small enough for a laptop
 
@@ -45,6 +44,8 @@ class PromptEncoder(nn.Module):
     @classmethod
     def load(cls, path: Path | str, *, max_tokens: int = 128) -> "PromptEncoder":
         """The encoder stored in a transformers folder (config.json, model.safetensors, the tokenizer's files)."""
+        from transformers import AutoModel, AutoTokenizer  # here: training routes embeddings, and needs no encoder
+
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json: a prompt encoder is a folder as transformers saves it")
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -11,8 +11,7 @@ that of the global batch. Code noise must be the same on all workers, image nois
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,8 +33,9 @@ from aptp.losses import (
     sample_noise,
     spread,
 )
+from aptp.objectives import PruningConfig
 from aptp.relax import gumbel_noise
-from aptp.router import Router, code_usage, require_used
+from aptp.router import Router, code_usage
 from aptp.transport import balanced_assignment
 
 Gather = Callable[[Tensor], Tensor]
@@ -44,72 +44,6 @@ Gather = Callable[[Tensor], Tensor]
 def alone(rows: Tensor) -> Tensor:
     """The gather of a single worker."""
     return rows
-
-
-@dataclass(frozen=True)
-class PruningConfig:
-    """The objective of stage 1. Values are the paper's and its code's, except where a reason is given.
-
-    budget: the mean MACs ratio over the prompts as they are routed, at the cost table's resolution.
-    warmup_steps: steps in which each prompt's own gates are used and the task reaches the predictor, not the codes.
-    contrastive: "row" does not depend on the batch size; paper() gives "bce" with weight 100.
-    pull_weight: 0 in the official code, where nothing makes inference agree with the transport.
-    spread_weight, largest_weight: 0.1 in the official code. They reward codes for differing in size whether or not
-        their prompts need it, without bound: runs end with one code nearly whole and the others starved.
-    assignment_noise: the official code assigns by noisy gates; without noise a prompt is trained as it will be routed.
-    forward_gates: "soft" samples in the forward pass, or "hard" ones, straight through.
-    transport_epsilon: 0.05 in the paper; similarities of codes of one budget differ by hundredths, so the plan is then
-        nearly flat, and its largest entries starve a code of prompts while its marginals look balanced.
-    transport_iterations: 3 in the official code, which does not reach the marginals.
-    usage_decay: of the moving average of the codes' usage under inference's rule, which weighs the budget.
-    """
-
-    budget: float = 0.6
-    warmup_steps: int = 500
-    output_weight: float = 0.2
-    feature_weight: float = 0.2
-    resource_weight: float = 2.0
-    contrastive_weight: float = 1.0
-    contrastive: Literal["row", "bce"] = "row"
-    contrastive_temperature: float = 0.03
-    pull_weight: float = 1.0
-    pull_temperature: float = 0.1
-    spread_weight: float = 0.0
-    largest_weight: float = 0.0
-    snr_gamma: float = 5.0
-    normalise_features: bool = True
-    assignment_noise: bool = False
-    forward_gates: Literal["soft", "hard"] = "soft"
-    transport_epsilon: float = 0.005
-    transport_iterations: int = 100
-    usage_decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 < self.budget < 1:
-            raise ValueError(f"budget must lie between 0 and 1 (a share of the full model's MACs), it is {self.budget}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, it is {self.warmup_steps}")
-        if not 0 <= self.usage_decay < 1:
-            raise ValueError(f"usage_decay must lie in [0, 1), it is {self.usage_decay}")
-        negative = [name for name, value in vars(self).items() if name.endswith("_weight") and value < 0]
-        if negative:
-            raise ValueError(f"{negative[0]} must not be negative, it is {getattr(self, negative[0])}")
-
-    @classmethod
-    def paper(cls, budget: float = 0.6) -> "PruningConfig":
-        """The official objective, where it is sound."""
-        return cls(
-            budget,
-            contrastive="bce",
-            contrastive_weight=100.0,
-            pull_weight=0.0,
-            spread_weight=0.1,
-            largest_weight=0.1,
-            normalise_features=False,
-            assignment_noise=True,
-            transport_epsilon=0.05,
-            transport_iterations=3,
-        )
 
 
 class PruningStage(nn.Module):
@@ -247,67 +181,3 @@ class PruningStage(nn.Module):
     def _remember(self, usage: Float[Tensor, " code"]) -> None:
         decay = self.config.usage_decay
         self.usage.mul_(decay).add_(usage, alpha=1 - decay)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What `calibrate_budget` found and did; ratios are usage-weighted, of the noise-free codes."""
-
-    ratio_before: float
-    ratio: float
-    width_shift: float
-    depth_shift: float
-    usage: tuple[float, ...]
-
-
-@torch.no_grad()
-def calibrate_budget(
-    router: Router,
-    embeddings: Float[Tensor, "prompt dim"],
-    table: CostTable,
-    budget: float,
-    *,
-    tolerance: float = 0.01,
-    balance: bool = False,
-) -> Calibration:
-    """Moves the thresholds of all gates by one number until the prompts, as finally routed, cost the budget on average.
-
-    The shift is added to every width logit of codes and predictor alike, which keeps each site's order of units; depth
-    moves only if width alone cannot reach the budget. Routes are computed anew for every shift that is tried. With
-    `balance` the router's bias becomes the transport's potentials on these prompts: each code then gets about its equal
-    share at inference as in training. A code that nobody uses is an UnusedCodeError, a budget out of reach ValueError.
-    """
-    if not table.minimum <= budget <= 1:
-        raise ValueError(f"budget must lie in {table.minimum:.3f}..1 (what this space can reach), it is {budget}")
-
-    def ratio_at(width: float, depth: float) -> float:
-        router.shift.copy_(torch.tensor([width, depth]))
-        if balance:
-            router.bias.zero_()
-            similarities = router.route_embeddings(embeddings).similarities
-            router.bias.copy_(balanced_assignment(similarities, epsilon=0.005, iterations=300).potentials)
-        usage = router.route_embeddings(embeddings).usage()
-        return float((usage * table.ratio(router.harden(router.gates(router.codes)))).sum())
-
-    def bracket(ratio_of: Callable[[float], float]) -> tuple[float, float]:
-        low, high = -30.0, 30.0
-        for _ in range(24):
-            middle = (low + high) / 2
-            low, high = (middle, high) if ratio_of(middle) < budget else (low, middle)
-        return low, high
-
-    width, depth = router.shift.tolist()
-    before = ratio_at(width, depth)
-    if abs(before / budget - 1) > tolerance / 10:
-        if not ratio_at(-30.0, depth) <= budget <= ratio_at(30.0, depth):
-            _, depth = bracket(lambda shift: ratio_at(shift, shift))
-        width = min(bracket(lambda shift: ratio_at(shift, depth)), key=lambda w: abs(ratio_at(w, depth) - budget))
-    after = ratio_at(width, depth)
-    if abs(after / budget - 1) > tolerance:
-        raise ValueError(
-            f"the routed prompts cost {after:.3f} of the full MACs, the nearest to budget {budget} that a shift of the "
-            f"thresholds reaches (tolerance {tolerance:.0%}): train longer or choose another budget"
-        )
-    usage = router.route_embeddings(embeddings).usage()
-    require_used(usage)
-    return Calibration(before, after, width, depth, tuple(usage.tolist()))

@@ -5,7 +5,7 @@
 with y the gates of `aptp.relax` and phi(y) the soft gates, a width gate times the depth gate above it, every site
 scaled to unit norm when full, normalised to length one (APTP, section 3). Inference has no noise: a route is a function
 of the prompt and the weights, whatever the batch, its order or the seed. `bias` and `shift` are zero (the paper's rule)
-until `aptp.pruning.calibrate_budget` sets them, one to share prompts out as training did, one to meet the budget.
+until `aptp.calibration.calibrate_budget` sets them, one to share prompts out as training did, one to meet the budget.
 """
 
 import json

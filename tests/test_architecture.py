@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import aptp
+
 ROOT = Path(__file__).parent.parent
 LIBRARY = [
     "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "relax", "transport",
-    "router", "losses", "pruning", "baselines", "finetuning", "release", "pipeline", "metrics", "analysis",
+    "router", "losses", "objectives", "pruning", "calibration", "baselines", "finetuning", "release", "publication",
+    "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = [
     "storage", "config", "progress", "path", "models", "data", "teacher", "train", "cutting", "report",
@@ -42,6 +45,13 @@ def imports_of(source: str) -> Iterator[str]:
 
 def forbidden_in_library(source: str) -> set[str]:
     return {name.partition(".")[0] for name in imports_of(source)} & FORBIDDEN_IN_LIBRARY
+
+
+def brought_by(statement: str, modules: set[str]) -> set[str]:
+    """Which of these modules a new process has loaded after a statement."""
+    script = f"import sys; {statement}; print(*({modules!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
 
 
 def imported_from(package: str, source: str) -> set[str]:
@@ -94,9 +104,31 @@ def test_jobs_are_thin_and_import_the_platform_alone() -> None:
 
 
 def test_importing_the_library_brings_no_ray() -> None:
-    script = "import sys, aptp; print(sorted({'ray', 'deepspeed'} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert brought_by("from aptp import *", {"ray", "deepspeed", "diffusers"}) == {"diffusers"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "light"),
+    [
+        ("import aptp", {"torch", "diffusers", "transformers", "ot", "matplotlib"}),
+        ("from aptp import PruningConfig, FinetuningConfig", {"torch", "diffusers"}),
+        ("from aptp import read_release", {"torch", "diffusers"}),
+        ("from aptp import Router, LossTerms, Batch", {"diffusers", "transformers", "ot"}),
+    ],
+)
+def test_importing_one_thing_does_not_import_everything(statement: str, light: set[str]) -> None:
+    """Every worker process pays for its imports: diffusers alone is several seconds."""
+    assert brought_by(statement, light) == set()
+
+
+def test_the_names_that_are_exported_lazily_are_the_typed_ones() -> None:
+    tree = ast.parse((ROOT / "aptp/__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed == {name: f"aptp.{home}" for name, home in aptp._HOME_OF.items()}
+    assert all(getattr(aptp, name).__name__ == name for name in aptp.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'read_spaces'"):
+        aptp.read_spaces  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_platform_is_still_the_standard_library_s() -> None:

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from aptp.cost import cost_table
 from aptp.expert import BaseModel, save_expert
 from aptp.prompts import PromptEncoder
-from aptp.release import Release, ReleaseInfo, write_release
+from aptp.publication import write_release
+from aptp.release import Release, ReleaseInfo
 from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
 from aptp.slicing import slice_unet

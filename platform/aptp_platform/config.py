@@ -18,8 +18,7 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
-from aptp.finetuning import FinetuningConfig
-from aptp.pruning import PruningConfig
+from aptp.objectives import FinetuningConfig, PruningConfig
 from aptp_platform.storage import StorageConfig as StorageConfig
 from aptp_platform.storage import Store
 

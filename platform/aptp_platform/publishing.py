@@ -12,7 +12,8 @@ import aptp
 import aptp_platform
 from aptp.expert import read_expert_info
 from aptp.prompts import PromptEncoder
-from aptp.release import ReleaseInfo, write_release
+from aptp.publication import write_release
+from aptp.release import ReleaseInfo
 from aptp.router import Router
 from aptp_platform.config import RunConfig, to_tree
 from aptp_platform.models import fetch_model, load_pipeline_parts

@@ -10,7 +10,8 @@ from tiny_release import build_router
 
 from aptp.cost import cost_table
 from aptp.expert import BaseModel, save_expert
-from aptp.release import BrokenReleaseError, ReleaseInfo, file_sha256, read_release, write_release
+from aptp.publication import write_release
+from aptp.release import BrokenReleaseError, ReleaseInfo, file_sha256, read_release
 from aptp.slicing import slice_unet
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aptp.calibration import calibrate_budget
 from aptp.cost import CostTable, cost_table
 from aptp.expert import load_expert, read_expert_info, save_expert
 from aptp.finetuning import FinetuningStage
 from aptp.latents import Batch, encode_texts
 from aptp.losses import LossTerms
-from aptp.pruning import PruningStage, calibrate_budget
+from aptp.pruning import PruningStage
 from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
 from aptp_platform.config import RunConfig, TrainingConfig, to_tree
