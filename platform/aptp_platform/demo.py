@@ -44,8 +44,9 @@ JOBS = {
     "publish": "publish_release",
 }
 PROMPTS = (
-    "red heart, noto", "grinning face, twemoji", "green apple, fluent", "yellow star, noto", "blue circle, fluent",
-    "flag of France, twemoji", "police car, noto", "keycap 5, twemoji",
+    "noto emoji of red heart", "twemoji emoji of grinning face", "fluent emoji of red apple", "noto emoji of cat face",
+    "fluent emoji of blue circle", "noto emoji of man lifting weights", "twemoji emoji of flag of Mozambique",
+    "noto emoji of police car",
 )  # fmt: skip
 PROGRESS_LINE = re.compile(r"\[([\w-]+)\] (\d+)/(\d+) ?(.*)")
 SERVE_SECONDS = 120.0

@@ -1,8 +1,11 @@
 """The teacher's model card: what it is, how it was made, what it draws and how its loss fell."""
 
 import json
+import random
 import shlex
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -27,14 +30,23 @@ PROMPTS = (
     "man with dark skin tone, noto", "woman with light skin tone, twemoji", "thumbs up, fluent", "tree, noto",
     "rose, twemoji",
 )  # fmt: skip
-COLUMNS, TILE, LABEL = 10, 96, 30
-STEPS, GUIDANCE, SEED = 25, 4.0, 0
+COLUMNS, TILE, LABEL, LINE = 10, 96, 30, 17
+STEPS, GUIDANCE, SEED = 25, 5.0, 0
 
 
-def write_card(pipeline: Path, work: Path, text_encoder: Path, num_text_tokens: int, workers: int) -> None:
-    """Write README.md, samples.png and loss.png into a trained pipeline's folder."""
+def write_card(
+    pipeline: Path, work: Path, text_encoder: Path, num_text_tokens: int, workers: int, captions: Sequence[str]
+) -> None:
+    """Write README.md, samples.png, prompts.png and loss.png into a trained pipeline's folder.
+
+    Args:
+        captions: of the training images; as many of them as there are prompts are drawn at random.
+    """
     state = read_state(work)
-    _draw_samples(pipeline, text_encoder, num_text_tokens)
+    network = _complete(pipeline, text_encoder, num_text_tokens)
+    drawn = random.Random(SEED).sample(list(captions), len(PROMPTS))
+    _draw_samples(network, drawn, pipeline / "samples.png")
+    _draw_samples(network, PROMPTS, pipeline / "prompts.png")
     _draw_losses(pipeline / "loss.png", work / "losses.jsonl")
     command = f"OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node {workers} {shlex.join(sys.argv)}"
     (pipeline / "README.md").write_text(
@@ -51,7 +63,12 @@ It is an example to prune, not a good model of emoji: it knows a few thousand pi
 
 ![samples](samples.png)
 
-{len(PROMPTS)} prompts, seeds from {SEED} upwards, DDIM, {STEPS} steps, guidance {GUIDANCE}; none picked.
+{len(PROMPTS)} captions drawn at random (seed {SEED}) from those of the training images, seeds from {SEED} upwards,
+DDIM, {STEPS} steps, guidance {GUIDANCE}; no picture is picked.
+
+![prompts](prompts.png)
+
+The same for {len(PROMPTS)} short prompts that were written down before training.
 
 ![loss](loss.png)
 
@@ -66,30 +83,33 @@ It is an example to prune, not a good model of emoji: it knows a few thousand pi
     )
 
 
-def _draw_samples(folder: Path, text_encoder: Path, num_text_tokens: int) -> None:
+def _complete(folder: Path, text_encoder: Path, num_text_tokens: int) -> StableDiffusionPipeline:
     encoder = AutoModel.from_pretrained(text_encoder)
     encoder.config.use_attention_mask = True
-    pipeline = StableDiffusionPipeline.from_pretrained(
+    return StableDiffusionPipeline.from_pretrained(
         folder,
         text_encoder=encoder,
         tokenizer=AutoTokenizer.from_pretrained(text_encoder, model_max_length=num_text_tokens),
         safety_checker=None,
     ).to(torch.float32)
-    images = pipeline(
-        list(PROMPTS),
+
+
+def _draw_samples(network: StableDiffusionPipeline, prompts: Sequence[str], path: Path) -> None:
+    images = network(
+        list(prompts),
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
-        generator=[torch.Generator().manual_seed(SEED + index) for index in range(len(PROMPTS))],
+        generator=[torch.Generator().manual_seed(SEED + index) for index in range(len(prompts))],
     ).images
-    rows = -(-len(PROMPTS) // COLUMNS)
+    rows = -(-len(prompts) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + LABEL)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for index, (prompt, image) in enumerate(zip(PROMPTS, images, strict=True)):
+    for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         left, top = index % COLUMNS * TILE, index // COLUMNS * (TILE + LABEL)
         sheet.paste(image.resize((TILE - 4, TILE - 4), Image.Resampling.BICUBIC), (left + 2, top + LABEL))
-        name, _, style = prompt.rpartition(", ")
-        draw.multiline_text((left + 3, top + 2), f"{name[:19]}\n{style}", fill="black", font=font, spacing=1)
-    sheet.save(folder / "samples.png")
+        lines = textwrap.wrap(prompt, LINE, max_lines=2, placeholder="")
+        draw.multiline_text((left + 3, top + 2), "\n".join(lines), fill="black", font=font, spacing=1)
+    sheet.save(path)
 
 
 def _draw_losses(path: Path, log: Path) -> None:

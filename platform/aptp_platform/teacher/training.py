@@ -57,7 +57,10 @@ def train_teacher(config: TeacherConfig, workers: Workers) -> None:
     data = CachedSet(**load_file(latents), **load_file(texts))
     train_denoiser(data, config.denoiser, workers, config.work, lambda unet, _: write_pipeline(config, vae, unet))
     if workers.rank == 0:
-        write_card(config.work / "pipeline", config.work, config.text_encoder, config.num_text_tokens, workers.count)
+        firsts = [each[0] for each in captions]
+        write_card(
+            config.work / "pipeline", config.work, config.text_encoder, config.num_text_tokens, workers.count, firsts
+        )
 
 
 def read_images(shards: Path, size: int) -> tuple[UInt8[np.ndarray, "image 3 height width"], list[tuple[str, ...]]]:
@@ -133,5 +136,4 @@ def write_pipeline(config: TeacherConfig, vae: AutoencoderKL, unet: UNet2DCondit
 
 
 def _half(module: Any) -> Any:
-
     return copy.deepcopy(module).half()
