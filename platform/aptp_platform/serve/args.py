@@ -90,6 +90,7 @@ class IngressArgs(_Section):
     num_cpus: float = Field(default=0.5, gt=0)
     max_body_bytes: int = Field(default=262_144, ge=1024)
     body_timeout_s: float = Field(default=10.0, gt=0, description="a slower request body gets a 408")
+    request_timeout_s: float = Field(default=300.0, gt=0, description="a request that takes longer is ended with a 504")
     heartbeat_s: float = Field(default=15.0, gt=0, description="a quiet stream sends a comment this often, for proxies")
     scaling: ScalingArgs = ScalingArgs(target_ongoing_requests=64)
 
@@ -123,6 +124,15 @@ class DecisionArgs(_Section):
     max_bytes: int = Field(default=64_000_000, ge=1_000_000)
 
 
+class KeyArgs(_Section):
+    """API keys. The keys themselves are a secret: JSON in a file, or in the environment variable APTP_API_KEYS."""
+
+    required: bool | Literal["auto"] = Field(
+        default="auto", description="auto: unless the server listens on the loopback interface alone"
+    )
+    file: str | None = Field(default=None, description="on each ingress's node, such as a mounted secret")
+
+
 class ServeArgs(_Section):
     """A release and how it is served.
 
@@ -142,6 +152,7 @@ class ServeArgs(_Section):
     ingress: IngressArgs = IngressArgs()
     images: ImageArgs = ImageArgs()
     decisions: DecisionArgs = DecisionArgs()
+    keys: KeyArgs = KeyArgs()
     drain_s: float = Field(default=120.0, gt=0, description="what a leaving replica has to finish its images")
 
     @model_validator(mode="after")

@@ -35,6 +35,7 @@ class DecisionLog:
         line = {
             "time": round(time.time(), 3),
             "request_id": order.request_id,
+            "key": order.caller,
             "release": self._catalog.release,
             "prompt": order.prompt if self._args.prompts == "plain" else None,
             "prompt_sha256": digest,
@@ -43,6 +44,8 @@ class DecisionLog:
             "reason": choice.reason,
             "similarities": [round(value, 5) for value in choice.similarities],
             "margin": round(choice.margin, 5),
+            "macs": choice.macs,
+            "ratio": choice.ratio,
             "budget": order.budget,
             "deadline_ms": order.deadline_ms,
             "images": len(order.seeds),

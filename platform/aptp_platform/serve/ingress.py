@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import ipaddress
 import math
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.calls import call, call_stream
+from aptp_platform.serve.keys import ApiKey, Doorkeeper
+from aptp_platform.serve.metrics import IngressMetrics
 from aptp_platform.serve.openai import (
     ImageRequest,
     RouteRequest,
@@ -27,10 +31,11 @@ from aptp_platform.serve.openai import (
     images_response,
     models_response,
     parse_request,
-    stream_event,
     to_order,
 )
 from aptp_platform.serve.orders import Catalog, Choice, ModelLoad, Order, Picture, Refusal
+from aptp_platform.serve.replicas import ReplicaCounts
+from aptp_platform.serve.streams import in_time, open_stream
 
 _PAGE: Final = Path(__file__).parent / "static" / "index.html"
 _PAGE_POLICY: Final = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"  # the page needs no other host
@@ -74,44 +79,87 @@ class Ingress:
     """One HTTP replica."""
 
     def __init__(self, router: DeploymentHandle[Any], catalog: Catalog, args: ServeArgs) -> None:
-        self._app = create_app(RouterGateway(router, args.router.attempts), catalog, args)
+        context = serve.get_replica_context()
+        peers = ReplicaCounts({"ingress": context.deployment}, args.router.status_s)
+
+        def share() -> float:
+            peers.follow()
+            return 1 / max(1, peers.counts.get("ingress", 1))
+
+        door = Doorkeeper(args.keys, catalog, os.environ, listens_on_loopback=_listens_on_loopback(), share=share)
+        self._app = create_app(RouterGateway(router, args.router.attempts), catalog, args, door)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
 
-def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs) -> FastAPI:
+def _listens_on_loopback() -> bool:
+    """Whether Serve's proxies take connections of their own machine only. Serve tells it to no public function."""
+    client = _get_global_client()
+    assert client is not None  # a replica runs, so the controller does
+    host = client.http_config.host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:  # a name that may be anything, or no host at all
+        return False
+
+
+def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorkeeper) -> FastAPI:
     """The HTTP side of a server. `x-request-id` is set by Ray Serve's proxy, on every response."""
     app = FastAPI(title="APTP", docs_url=None, redoc_url=None)
     started = int(time.time())
+    metrics = IngressMetrics()
 
-    @app.post("/v1/images/generations")
+    async def admitted(request: Request) -> None:
+        """Before the body is read: who has no key is not listened to."""
+        request.state.key = door.admit(request.headers.get("authorization"))
+
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(admitted)])
+
+    async def order_of(request: Request, model: type[RouteRequest]) -> tuple[Any, Order]:
+        wanted = parse_request(model, await _read_body(request, args))
+        key: ApiKey | None = request.state.key
+        request_id = request.headers.get("x-request-id", "")
+        return wanted, to_order(wanted, args.images, catalog, request_id, key.name if key else "")
+
+    @v1.post("/images/generations")
     async def generate(request: Request) -> Response:
         begun = time.monotonic()
-        wanted = parse_request(ImageRequest, await _read_body(request, args))
-        order = to_order(wanted, args.images, catalog, request.headers.get("x-request-id", ""))
-        if wanted.stream:
-            return await _streamed(gateway.stream(order), order, args.ingress.heartbeat_s)
-        choice, pictures = await gateway.generate(order)
-        return JSONResponse(images_response(order, choice, pictures, wanted), headers=_headers(choice, begun, pictures))
+        wanted, order = await order_of(request, ImageRequest)
+        with door.charged(request.state.key, order) as bill:
+            if wanted.stream:
+                choice, events = await open_stream(gateway.stream(order), order, args.ingress)
+                answer: Response = StreamingResponse(events, media_type="text/event-stream")
+                answer.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
+                answer.headers.update(_headers(choice, begun))
+            else:
+                async with in_time(args.ingress.request_timeout_s):
+                    choice, pictures = await gateway.generate(order)
+                answer = JSONResponse(images_response(order, choice, pictures, wanted))
+                answer.headers.update(_headers(choice, begun, pictures))
+            bill.correct(catalog.macs_of(order, choice.macs))
+        answer.headers.update(door.headers(request.state.key))
+        return answer
 
-    @app.post("/v1/route")
+    @v1.post("/route")
     async def route(request: Request) -> Response:
         begun = time.monotonic()
-        order = to_order(parse_request(RouteRequest, await _read_body(request, args)), args.images, catalog)
+        _, order = await order_of(request, RouteRequest)
         choice = await gateway.route(order)
         return JSONResponse(choice_json(choice), headers=_headers(choice, begun))
 
-    @app.get("/v1/models")
+    @v1.get("/models")
     async def models() -> Response:
         return JSONResponse(models_response(catalog, started))
 
-    @app.get("/v1/models/{name}")
+    @v1.get("/models/{name}")
     async def model(name: str) -> Response:
         for entry in models_response(catalog, started)["data"]:
             if entry["id"] == name:
                 return JSONResponse(entry)
         raise Refusal(404, f"The model {name[:64]!r} does not exist.", code="model_not_found", param="model")
+
+    app.include_router(v1)
 
     @app.get("/health")
     async def health() -> Response:
@@ -137,8 +185,11 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs) -> FastAPI:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
 
     @app.exception_handler(Refusal)
-    async def refused(_: Request, refusal: Refusal) -> Response:
-        return _error(refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        metrics.refused(refusal.code or str(refusal.status))
+        answer = _error(refusal)
+        answer.headers.update(door.headers(getattr(request.state, "key", None)))
+        return answer
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
@@ -148,6 +199,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
+        metrics.refused("server_error")
         return _error(Refusal(500, "The server failed at this request; its log says why.", code="server_error"))
 
     return app
@@ -178,39 +230,6 @@ async def _read_body(request: Request, args: ServeArgs) -> bytes:
     return bytes(body)
 
 
-async def _streamed(items: AsyncIterator[Choice | Picture], order: Order, heartbeat_s: float) -> Response:
-    """Server-sent events. The choice is awaited first: until then an error still has a status of its own."""
-    begun = time.monotonic()
-    choice = await anext(items)
-    assert isinstance(choice, Choice)
-
-    async def events() -> AsyncIterator[str]:
-        following = asyncio.ensure_future(anext(items))
-        try:
-            while True:
-                done, _ = await asyncio.wait((following,), timeout=heartbeat_s)
-                if not done:
-                    yield ": ping\n\n"
-                    continue
-                picture = following.result()
-                assert isinstance(picture, Picture)
-                name, data = stream_event(order, picture)
-                if picture.preview is None:
-                    data["aptp"] = choice_json(choice)
-                yield f"event: {name}\ndata: {json.dumps(data)}\n\n"
-                if picture.preview is None:
-                    return
-                following = asyncio.ensure_future(anext(items))
-        except Refusal as refusal:
-            body = error_body(refusal.status, refusal.message, refusal.code, refusal.param)
-            yield f"event: error\ndata: {json.dumps(body)}\n\n"
-        finally:
-            following.cancel()
-
-    headers = {**_headers(choice, begun), "cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
-
-
 def _headers(choice: Choice, begun: float, pictures: list[Picture] | None = None) -> dict[str, str]:
     """How the order was served, on every answer."""
     total_ms = 1e3 * (time.monotonic() - begun)
@@ -233,6 +252,8 @@ def _error(refusal: Refusal) -> Response:
     headers = {}
     if refusal.retry_after_s is not None:
         headers["retry-after"] = str(math.ceil(refusal.retry_after_s))
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if refusal.retry is not None:
         headers["x-should-retry"] = str(refusal.retry).lower()
     body = error_body(refusal.status, refusal.message, refusal.code, refusal.param)

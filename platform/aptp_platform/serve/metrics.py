@@ -10,7 +10,7 @@ from typing import Any, Final
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from aptp_platform.serve.batching import Cycle
-from aptp_platform.serve.orders import Choice, Order, Picture
+from aptp_platform.serve.orders import Choice, Picture
 
 _SECONDS: Final = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
 _BATCH_SIZES: Final = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
@@ -20,6 +20,16 @@ _MARGINS: Final = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 def _keys(*names: str) -> Any:
     """Ray annotates `tag_keys` as a tuple of one."""
     return names
+
+
+class IngressMetrics:
+    """What an ingress replica counts."""
+
+    def __init__(self) -> None:
+        self._refused = Counter("aptp_refused_total", "Answers that are an error, by its code.", ("code",))
+
+    def refused(self, code: str) -> None:
+        self._refused.inc(tags={"code": code})
 
 
 class RouterMetrics:
@@ -41,11 +51,11 @@ class RouterMetrics:
         if choice.reason == "overflow":
             self._overflow.inc(tags={"from": choice.routed, "to": choice.model})
 
-    def made(self, choice: Choice, order: Order, picture: Picture) -> None:
+    def made(self, choice: Choice, picture: Picture, macs: float) -> None:
+        """macs: of the picture."""
         for phase, milliseconds in (("queue", picture.queue_ms), ("denoise", picture.denoise_ms)):
             self._latency.observe(milliseconds / 1e3, tags={"expert": choice.model, "phase": phase})
-        passes = order.num_inference_steps * (2 if order.guidance_scale > 1 else 1)
-        self._macs.inc(choice.macs * passes, tags={"expert": choice.model})
+        self._macs.inc(macs, tags={"expert": choice.model})
 
     def ended(self, choice: Choice, outcome: str, seconds: float) -> None:
         """outcome: ok, refused, cancelled or failed."""

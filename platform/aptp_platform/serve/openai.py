@@ -23,7 +23,7 @@ from aptp_platform.serve.orders import AUTO, MEDIA_TYPES, Catalog, Choice, Order
 NUM_SEEDS: Final = 2**32
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SIZE: Final = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
-_ERROR_TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ERROR_TYPES: Final = {403: "permission_error", 429: "rate_limit_error"}
 
 
 class RouteRequest(BaseModel):
@@ -114,7 +114,9 @@ def _explained(model: type[BaseModel], error: ValidationError) -> Refusal:
     return Refusal(400, f"Invalid '{param}': {message}.", code=code, param=param)
 
 
-def to_order(request: RouteRequest, limits: ImageArgs, catalog: Catalog, request_id: str = "") -> Order:
+def to_order(
+    request: RouteRequest, limits: ImageArgs, catalog: Catalog, request_id: str = "", caller: str = ""
+) -> Order:
     """A request as an order, seeds drawn where it names none; a `Refusal` where it asks for more than is allowed."""
     images = request if isinstance(request, ImageRequest) else ImageRequest(prompt=request.prompt)
     steps, guidance = request.num_inference_steps, request.guidance_scale
@@ -152,6 +154,7 @@ def to_order(request: RouteRequest, limits: ImageArgs, catalog: Catalog, request
         compression=images.output_compression,
         num_previews=images.partial_images,
         request_id=request_id[:128],
+        caller=caller,
     )
 
 

@@ -22,7 +22,8 @@ class Order:
     """Images that somebody asked for, complete: whoever runs it again gets the same images.
 
     seeds: one an image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None.
-    compression: quality of jpeg and webp, 0..100. num_previews: unfinished pictures wanted on the way.
+    compression: quality of jpeg and webp, 0..100. num_previews: unfinished pictures wanted on the way. caller: the name
+    of the API key it came with.
     """
 
     prompt: str
@@ -38,6 +39,12 @@ class Order:
     compression: int = 100
     num_previews: int = 0
     request_id: str = ""
+    caller: str = ""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes through the UNet of one image: guidance takes a second one at each step."""
+        return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,11 @@ class Catalog:
     @property
     def codes(self) -> tuple[ModelFacts, ...]:
         return tuple(model for model in self.models if model.name != TEACHER)
+
+    def macs_of(self, order: Order, macs: float) -> float:
+        """Multiply-adds of all images of an order, from those of one pass at the native size; others by area."""
+        area = (order.size[0] * order.size[1]) / (self.size[0] * self.size[1])
+        return macs * order.passes * len(order.seeds) * area
 
     def find(self, name: str) -> ModelFacts:
         return next(model for model in self.models if model.name == name)

@@ -114,7 +114,7 @@ class Router:
         step_ms = picture.denoise_ms / order.num_inference_steps
         known = self._step_ms.setdefault(choice.model, step_ms)
         self._step_ms[choice.model] = known + _SMOOTHING * (step_ms - known)
-        self._metrics.made(choice, order, picture)
+        self._metrics.made(choice, picture, self._catalog.macs_of(order, choice.macs) / len(order.seeds))
 
     def _drain_s(self, model: str) -> float:
         """Seconds until the images that are ordered of this model now should be done."""
