@@ -37,7 +37,8 @@ class ReleaseInfo:
     """What a release says of its origin.
 
     base: the base model's name. base_hash: of its UNet's weights. budget: the mean MACs ratio aimed at. latent_size and
-    num_text_tokens: what the MACs were counted for. training: resolved config, commit and data fingerprint, as JSON.
+    num_text_tokens: what the MACs were counted for. training: resolved config, commit and data fingerprint, as JSON;
+    its `familiar` is the least `Router.familiarity` of all but one in a hundred training prompts.
     """
 
     base: str

@@ -251,6 +251,14 @@ class Router(nn.Module):
         best = similarities.topk(2, dim=1).values
         return Routes(similarities.argmax(1), similarities, best[:, 0] - best[:, 1])
 
+    def familiarity(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
+        """Cosine of each embedding to the predictor's centre, the mean training embedding; 0 if none was set.
+
+        Similarities to the codes cannot tell a prompt of another kind, since codes are near one another and whatever is
+        embedded is near them; this can.
+        """
+        return F.cosine_similarity(embeddings.float(), self.predictor.centre[None])
+
     def route(self, prompts: Sequence[str]) -> Routes:
         """Routes of prompts."""
         if self.encoder is None:

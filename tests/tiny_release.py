@@ -39,10 +39,12 @@ def build_router(unet: nn.Module, num_codes: int, seed: int = 0) -> Router:
     return router
 
 
-def build_release(path: Path, *, num_codes: int, with_teacher: bool) -> Release:
-    """A release of `tiny_pipeline`, written at `path`."""
-    pipeline = build_pipeline()
-    router = build_router(pipeline.unet, num_codes)
+def build_release(path: Path, *, num_codes: int, with_teacher: bool, seed: int = 0) -> Release:
+    """A release of `tiny_pipeline`, written at `path`; prompts less familiar than ANCHORS are unknown."""
+    pipeline = build_pipeline(seed)
+    router = build_router(pipeline.unet, num_codes, seed)
+    assert router.encoder is not None
+    familiar = float(router.familiarity(router.encoder.encode(ANCHORS)).min()) - 1e-4
     base = BaseModel.of(pipeline.unet, "tiny")
     table = cost_table(pipeline.unet, router.space, LATENT_SIZE, NUM_TOKENS)
     with TemporaryDirectory() as scratch:
@@ -58,6 +60,13 @@ def build_release(path: Path, *, num_codes: int, with_teacher: bool) -> Release:
             router=router,
             experts=folders,
             shares=[1 / num_codes] * num_codes,
-            info=ReleaseInfo(base.name, base.sha256, budget=0.6, latent_size=LATENT_SIZE, num_text_tokens=NUM_TOKENS),
+            info=ReleaseInfo(
+                base.name,
+                base.sha256,
+                budget=0.6,
+                latent_size=LATENT_SIZE,
+                num_text_tokens=NUM_TOKENS,
+                training={"familiar": familiar},
+            ),
             with_teacher=with_teacher,
         )

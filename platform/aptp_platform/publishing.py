@@ -24,7 +24,7 @@ from aptp_platform.storage import Store
 def publish(config: RunConfig) -> dict[str, Any]:
     """Publish `release/`, the teacher's UNet included so that a server can show both; release.json appears last."""
     root = Store.open(config.root, config.storage)
-    shares = require_stage("assign", config)["shares"]
+    assigned = require_stage("assign", config)
     with tempfile.TemporaryDirectory() as scratch:
         router = Router.load(root.fetch("pruned/router", scratch))
         router.encoder = PromptEncoder.load(fetch_model(config.model.prompt_encoder, config.storage))
@@ -35,8 +35,8 @@ def publish(config: RunConfig) -> dict[str, Any]:
             pipeline=Path(scratch) / "pipeline",
             router=router,
             experts=experts,
-            shares=shares,
-            info=_info(config, experts[0]),
+            shares=assigned["shares"],
+            info=_info(config, experts[0], assigned["familiar"]),
             report=root.fetch("evaluated", scratch),
             with_teacher=True,
         )
@@ -53,7 +53,7 @@ def _write_pipeline(config: RunConfig, folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def _info(config: RunConfig, expert: Path) -> ReleaseInfo:
+def _info(config: RunConfig, expert: Path, familiar: float) -> ReleaseInfo:
     known = read_expert_info(expert)
     return ReleaseInfo(
         base=known.base.name,
@@ -66,6 +66,7 @@ def _info(config: RunConfig, expert: Path) -> ReleaseInfo:
             "commit": _commit(),
             "code": _code_hash(),
             "inputs": fingerprint("encode", config),
+            "familiar": familiar,
         },
     )
 

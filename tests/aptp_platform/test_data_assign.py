@@ -38,6 +38,7 @@ def config(tmp_path, local_ray) -> RunConfig:
         )
         write_part(root, f"encoded/train/part-{part:06d}-000000000.parquet", table)
     router = Router(read_space(tiny.unet()), RouterConfig(2, DIM), generator=torch.Generator().manual_seed(0))
+    router.centre_embeddings(torch.ones(1, DIM))
     ends = torch.from_numpy(np.stack([embeddings[0][0], embeddings[-1][-1]])).float()
     with torch.no_grad():
         router.codes.copy_(router.predictor(ends))
@@ -51,7 +52,7 @@ def test_each_caption_has_the_code_that_the_router_gives_it_alone(config):
     router = Router.load(root / "pruned" / "router")
     files = sorted(path.name for path in (root / "encoded" / "train").iterdir())
     assert sorted(path.name for path in (root / "assigned").iterdir()) == files
-    usage = torch.zeros(2)
+    usage, familiarity = torch.zeros(2), []
     for name in files:
         encoded = pq.read_table(root / "encoded" / "train" / name).to_pylist()
         assigned = pq.read_table(root / "assigned" / name).to_pylist()
@@ -61,7 +62,9 @@ def test_each_caption_has_the_code_that_the_router_gives_it_alone(config):
                 (expected,) = router.route_embeddings(torch.from_numpy(embedding)[None].float()).indices
                 assert code == expected
                 usage[code] += 1
+            familiarity.extend(router.familiarity(torch.from_numpy(row["embeddings"]).float()).tolist())
     assert summary["captions"] == sum(COUNTS)
+    assert summary["familiar"] == pytest.approx(min(familiarity), abs=2e-3), "all but one in a hundred"
     assert summary["shares"] == pytest.approx((usage / usage.sum()).tolist(), abs=1e-6)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from aptp_platform.serve.orders import TEACHER, Catalog, Choice, ModelFacts, ModelLoad, Order, Refusal
-from aptp_platform.serve.selection import Situation, choose, decide
+from aptp_platform.serve.selection import Found, Situation, choose, decide
 
 CATALOG = Catalog(
     "0123456789ab",
@@ -21,20 +21,20 @@ CATALOG = Catalog(
 IDLE = Situation(CATALOG, {model.name: 4 for model in CATALOG.models})
 TIMED = replace(IDLE, loads={"code-00": ModelLoad(0, 10.0)})  # 20 ms a step for the teacher's MACs
 ORDER = Order("a cat", (1,), num_inference_steps=10, guidance_scale=7.5, size=(64, 64))
-NEAR_0 = (0.9, 0.5, 0.7)
+NEAR_0 = Found((0.9, 0.5, 0.7))
 
 
 def test_the_nearest_code_is_the_choice_and_the_margin_its_lead() -> None:
     choice = choose(ORDER, NEAR_0, IDLE)
     assert (choice.model, choice.routed, choice.reason, choice.ratio) == ("code-00", "code-00", "routed", 0.5)
     assert choice.margin == pytest.approx(0.2)
-    assert choice.similarities == NEAR_0
+    assert choice.similarities == NEAR_0.similarities
     assert choice.expected_ms is None, "nothing was timed yet"
 
 
 def test_a_single_code_has_no_margin() -> None:
     alone = replace(IDLE, catalog=replace(CATALOG, models=CATALOG.models[:1]))
-    assert choose(ORDER, (0.9,), alone).margin == 0.0
+    assert choose(ORDER, Found((0.9,)), alone).margin == 0.0
 
 
 def test_a_model_that_is_asked_for_is_taken_and_the_route_is_told() -> None:
@@ -88,11 +88,11 @@ def test_a_queue_counts_and_makes_the_refusal_a_temporary_one() -> None:
 def test_a_busy_code_overflows_to_the_nearest_of_its_size_with_room() -> None:
     """10 steps of 10 ms at code-00 and a target of 250 ms: two waves of four."""
     busy = replace(TIMED, target_ms=250, loads={"code-00": ModelLoad(8, 10.0, 1), "code-01": ModelLoad(4, 16.0, 1)})
-    (choice,) = decide([ORDER], [(0.9, 0.8, 0.7)], busy)
+    (choice,) = decide([ORDER], [Found((0.9, 0.8, 0.7))], busy)
     assert isinstance(choice, Choice)
     assert (choice.model, choice.routed, choice.reason) == ("code-02", "code-00", "overflow"), "code-01 is full too"
     twice = replace(busy, loads={**busy.loads, "code-00": ModelLoad(8, 10.0, replicas=2)})
-    (choice,) = decide([ORDER], [(0.9, 0.8, 0.7)], twice)
+    (choice,) = decide([ORDER], [Found((0.9, 0.8, 0.7))], twice)
     assert isinstance(choice, Choice)
     assert choice.reason == "routed", "a second replica is room"
 

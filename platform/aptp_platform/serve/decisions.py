@@ -14,6 +14,11 @@ from aptp_platform.serve.args import DecisionArgs
 from aptp_platform.serve.orders import Catalog, Choice, Order
 
 
+def prompt_digest(prompt: str) -> str:
+    """What stands for a prompt where prompts are not logged."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
 class DecisionLog:
     """Lines of one router replica, in a file of its own; it is renewed when it reaches `max_bytes`, and the one before
     is kept. Without a folder nothing is written."""
@@ -31,19 +36,19 @@ class DecisionLog:
         """outcome: ok, refused, cancelled or failed."""
         if self._handler is None:
             return
-        digest = hashlib.sha256(order.prompt.encode()).hexdigest()
         line = {
             "time": round(time.time(), 3),
             "request_id": order.request_id,
             "key": order.caller,
             "release": self._catalog.release,
             "prompt": order.prompt if self._args.prompts == "plain" else None,
-            "prompt_sha256": digest,
+            "prompt_sha256": prompt_digest(order.prompt),
             "model": choice.model,
             "routed": choice.routed,
             "reason": choice.reason,
             "similarities": [round(value, 5) for value in choice.similarities],
             "margin": round(choice.margin, 5),
+            "unknown": choice.unknown,
             "macs": choice.macs,
             "ratio": choice.ratio,
             "budget": order.budget,

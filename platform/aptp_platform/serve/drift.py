@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 def js_distance(first: Sequence[float], second: Sequence[float]) -> float:
@@ -20,23 +21,36 @@ def js_distance(first: Sequence[float], second: Sequence[float]) -> float:
     return math.sqrt(max(0.0, (divergence(first) + divergence(second)) / 2))
 
 
+@dataclass(frozen=True)
+class Drift:
+    """distance: of the recent codes' shares from the training's. unknown_rate: of the recent prompts."""
+
+    distance: float
+    unknown_rate: float
+
+
 class DriftMonitor:
-    """The shares of the last `window` routes beside the training shares."""
+    """The last `window` routes beside the training's."""
 
     def __init__(self, shares: Sequence[float], window: int = 1000) -> None:
         total = sum(shares)
         self._shares = [share / total for share in shares]
-        self._recent: deque[int] = deque(maxlen=window)
+        self._window = window
+        self._recent: deque[tuple[int, bool]] = deque()
         self._counts: Counter[int] = Counter()
+        self._unknown = 0
 
-    def observe(self, code: int) -> float:
-        """Adds a route; the distance now. It is 0 until a tenth of the window is filled: few routes say nothing."""
-        if len(self._recent) == self._recent.maxlen:
-            self._counts[self._recent[0]] -= 1
-        self._recent.append(code)
+    def observe(self, code: int, *, unknown: bool) -> Drift:
+        """Adds a route; the drift now. It is 0 until a tenth of the window is filled: few routes say nothing."""
+        if len(self._recent) == self._window:
+            oldest, was_unknown = self._recent.popleft()
+            self._counts[oldest] -= 1
+            self._unknown -= was_unknown
+        self._recent.append((code, unknown))
         self._counts[code] += 1
-        if len(self._recent) * 10 < (self._recent.maxlen or 0):
-            return 0.0
-        return js_distance(
-            [self._counts[index] / len(self._recent) for index in range(len(self._shares))], self._shares
-        )
+        self._unknown += unknown
+        count = len(self._recent)
+        if count * 10 < self._window:
+            return Drift(0.0, 0.0)
+        recent = [self._counts[index] / count for index in range(len(self._shares))]
+        return Drift(js_distance(recent, self._shares), self._unknown / count)

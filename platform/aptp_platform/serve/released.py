@@ -40,6 +40,10 @@ class ReleaseSource:
             )
         )
 
+    def has_teacher(self) -> bool:
+        """Whether the full UNet was published too."""
+        return any(name.startswith(_TEACHER_FOLDER) for name in self._fetch(lambda _: False).files)
+
     def catalog(self, *, with_teacher: bool) -> Catalog:
         """What can be served. A release in a local folder is verified as a whole; of one in a bucket, each process
         verifies what it fetches.
@@ -56,7 +60,7 @@ class ReleaseSource:
             for index, code in enumerate(release.codes)
         ]
         if with_teacher:
-            if not any(name.startswith(_TEACHER_FOLDER) for name in release.files):
+            if not self.has_teacher():
                 raise ValueError(
                     f"teacher: {self.uri} was published without its teacher; set teacher to false, or publish it with "
                     "the teacher"
@@ -64,7 +68,8 @@ class ReleaseSource:
             models.append(ModelFacts(TEACHER, 1.0, models[0].macs / models[0].ratio, None, None))
         channels = store.read_json("pipeline/vae/config.json")["block_out_channels"]
         height, width = (side * 2 ** (len(channels) - 1) for side in release.info.latent_size)
-        return Catalog(file_sha256(release.path / _MANIFEST)[:12], (width, height), tuple(models))
+        digest, familiar = file_sha256(release.path / _MANIFEST)[:12], release.info.training.get("familiar")
+        return Catalog(digest, (width, height), tuple(models), familiar)
 
     def _fetch(self, wanted: Callable[[str], bool]) -> Release:
         """The release with at least the wanted files in place and verified."""

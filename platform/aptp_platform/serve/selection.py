@@ -6,8 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
+from aptp.router import Router
 from aptp_platform.serve.orders import AUTO, TEACHER, Catalog, Choice, ModelFacts, ModelLoad, Order, Reason, Refusal
 from aptp_platform.serve.overflow import place
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the router says of a prompt. similarities: to each code, in the catalog's order."""
+
+    similarities: tuple[float, ...]
+    familiarity: float | None = None
+    unknown: bool | None = None
+
+
+def find(router: Router, prompts: Sequence[str], familiar: float | None) -> list[Found]:
+    """What the router says of each prompt; familiar: as in `Catalog`."""
+    assert router.encoder is not None  # a release without one is not published
+    embeddings = router.encoder.encode(prompts).to(router.bias.device)
+    similarities = router.route_embeddings(embeddings).similarities.tolist()
+    familiarity = router.familiarity(embeddings).tolist()
+    return [
+        Found(tuple(row), known, None if familiar is None else known < familiar)
+        for row, known in zip(similarities, familiarity, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -63,44 +85,40 @@ class Situation:
         return alone * (1 + self.load(model.name).running // self.slots(model.name))
 
 
-def decide(
-    orders: Sequence[Order], similarities: Sequence[Sequence[float]], situation: Situation
-) -> list[Choice | Refusal]:
+def decide(orders: Sequence[Order], found: Sequence[Found], situation: Situation) -> list[Choice | Refusal]:
     """The choices of orders that arrived together; those that leave the model to the router share the codes' room."""
     free = [i for i, o in enumerate(orders) if o.model == AUTO and o.budget is None and o.deadline_ms is None]
     homes: dict[int, ModelFacts] = {}
     if free:
         codes = situation.catalog.codes
         rooms = [min(situation.room(orders[index], code) for index in free) for code in codes]
-        placed = place([similarities[index] for index in free], [code.ratio for code in codes], rooms)
+        placed = place([found[index].similarities for index in free], [code.ratio for code in codes], rooms)
         homes = {index: codes[code] for index, code in zip(free, placed, strict=True)}
     answers: list[Choice | Refusal] = []
     for index, order in enumerate(orders):
         try:
-            answers.append(choose(order, similarities[index], situation, homes.get(index)))
+            answers.append(choose(order, found[index], situation, homes.get(index)))
         except Refusal as refusal:
             answers.append(refusal)
     return answers
 
 
-def choose(
-    order: Order, similarities: Sequence[float], situation: Situation, placed: ModelFacts | None = None
-) -> Choice:
+def choose(order: Order, found: Found, situation: Situation, placed: ModelFacts | None = None) -> Choice:
     """The model of an order.
 
     A model that was asked for is taken, if it fits. Under a budget or a deadline it is the largest model that fits, of
     equally large ones the nearest to the prompt. Else it is the nearest code, or where `decide` placed the order.
 
-    Args:
-        similarities: the prompt's, to each code in the catalog's order.
-
     Raises:
-        Refusal: 422 when no model can fit, with the cheapest offer; 429 when one could if its queue were shorter.
+        Refusal: 404 when this release has no such model (during a rollout the ingress may know one that has), 422 when
+            no model can fit, with the cheapest offer; 429 when one could if its queue were shorter.
     """
-    catalog = situation.catalog
+    catalog, similarities = situation.catalog, found.similarities
     ranked = sorted(similarities, reverse=True)
-    routed = catalog.codes[list(similarities).index(ranked[0])]
-    candidates = catalog.models if order.model == AUTO else (catalog.find(order.model),)
+    routed = catalog.codes[similarities.index(ranked[0])]
+    candidates = [model for model in catalog.models if order.model in (AUTO, model.name)]
+    if not candidates:
+        raise Refusal(404, f"The model {order.model!r} does not exist.", code="model_not_found", param="model")
     reason: Reason = "routed" if order.model == AUTO else "asked"
     chosen = routed if order.model == AUTO else candidates[0]
     if placed is not None and placed != routed:
@@ -115,11 +133,13 @@ def choose(
         model=chosen.name,
         routed=routed.name,
         reason=reason,
-        similarities=tuple(similarities),
+        similarities=similarities,
         margin=ranked[0] - ranked[1] if len(ranked) > 1 else 0.0,
         ratio=chosen.ratio,
         macs=chosen.macs,
         expected_ms=situation.expected_ms(order, chosen),
+        familiarity=found.familiarity,
+        unknown=found.unknown,
     )
 
 
