@@ -114,6 +114,7 @@ def test_importing_the_library_brings_no_ray() -> None:
         ("from aptp import PruningConfig, FinetuningConfig", {"torch", "diffusers"}),
         ("from aptp import read_release", {"torch", "diffusers"}),
         ("from aptp import Router, LossTerms, Batch", {"diffusers", "transformers", "ot"}),
+        ("import aptp_platform.serve.ingress", {"torch"}),
     ],
 )
 def test_importing_one_thing_does_not_import_everything(statement: str, light: set[str]) -> None:

@@ -19,8 +19,9 @@ from diffusers import (
 )
 from tiny_pipeline import build_pipeline
 
-from aptp_platform.serve.batching import Cycle, EngineFullError, StepEngine
+from aptp_platform.serve.batching import Cycle, EngineFullError, StepEngine, TooLateError
 from aptp_platform.serve.denoising import Denoiser, SampleSpec
+from aptp_platform.serve.saturation import saturating_batch
 
 T = TypeVar("T")
 CAT = SampleSpec("a red cat", seed=7, num_inference_steps=5, guidance_scale=4.0, size=(16, 16))
@@ -175,6 +176,77 @@ def test_a_full_queue_refuses_with_the_time_it_needs(denoiser: Denoiser) -> None
         return full.value
 
     assert run(denoiser, use, max_batch_size=1, max_waiting=1).retry_after_s > 0
+
+
+def test_a_request_whose_time_is_over_before_it_began_is_told_so_at_once(denoiser: Denoiser) -> None:
+    async def use(engine: StepEngine) -> None:
+        long = asyncio.ensure_future(engine.generate(replace(CAT, num_inference_steps=60)))
+        while engine.cycle_s == 0:
+            await asyncio.sleep(0.001)
+        with engine.submit(CAT, expires_in_s=0.001) as late, engine.submit(CAT, expires_in_s=60) as patient:
+            with pytest.raises(TooLateError):
+                await anext(late.images())
+            assert not long.done()
+            assert (await anext(patient.images())).preview is None
+        assert (await long).preview is None, "what was begun is finished"
+
+    run(denoiser, use, max_batch_size=1)
+
+
+def test_whole_request_batching_lets_nobody_in_before_all_are_done(denoiser: Denoiser) -> None:
+    async def use(engine: StepEngine) -> None:
+        first = asyncio.ensure_future(engine.generate(replace(CAT, num_inference_steps=20)))
+        while engine.cycle_s == 0:
+            await asyncio.sleep(0.001)
+        await engine.generate(replace(CAT, num_inference_steps=2))
+        assert first.done()
+
+    cycles: list[Cycle] = []
+    run(denoiser, use, whole_requests=True, observe=cycles.append)
+    assert [cycle.batch_size for cycle in cycles] == [1] * 22
+
+
+class Clocked:
+    """A denoiser whose step lasts as long as `seconds` says for its batch."""
+
+    def __init__(self, denoiser: Denoiser, seconds: Callable[[int], float]) -> None:
+        self._denoiser, self._seconds = denoiser, seconds
+        self.batches: list[int] = []
+
+    def admit(self, specs: Any) -> Any:
+        return self._denoiser.admit(specs)
+
+    def step(self, samples: Any) -> None:
+        self.batches.append(len(samples))
+        time.sleep(self._seconds(len(samples)))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "largest", "found"),
+    [
+        (lambda batch: 0.004 * batch, 16, 1),  # bound by arithmetic from the start
+        (lambda batch: 0.02, 4, 4),  # company is free
+        (lambda batch: 0.02 if batch <= 4 else 0.005 * batch, 16, 4),
+        (lambda batch: 0.02, 6, 6),  # the bound need not be a power of two
+    ],
+)
+def test_the_batch_that_saturates_is_found(denoiser: Denoiser, seconds: Any, largest: int, found: int) -> None:
+    clocked: Any = Clocked(denoiser, seconds)
+    assert saturating_batch(clocked, (16, 16), largest=largest, seconds=30) == found
+
+
+def test_measuring_keeps_to_its_time_and_survives_a_full_memory(denoiser: Denoiser) -> None:
+    slow: Any = Clocked(denoiser, lambda batch: 0.05)
+    assert saturating_batch(slow, (16, 16), largest=64, seconds=0.01) == 1
+    assert slow.batches == [1]
+
+    def full(batch: int) -> float:
+        if batch > 2:
+            raise RuntimeError("out of memory")
+        return 0.01
+
+    small: Any = Clocked(denoiser, full)
+    assert saturating_batch(small, (16, 16), largest=64, seconds=30) == 2
 
 
 def test_a_cancelled_request_leaves_at_the_next_step(denoiser: Denoiser) -> None:

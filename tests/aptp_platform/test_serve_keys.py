@@ -12,7 +12,7 @@ import pytest
 from aptp_platform.serve.args import KeyArgs, ServeArgs
 from aptp_platform.serve.ingress import create_app
 from aptp_platform.serve.keys import VARIABLE, Doorkeeper, MacsBucket, make_key, read_keys
-from aptp_platform.serve.orders import TEACHER, Catalog, Choice, ModelFacts, ModelLoad, Order, Picture, Refusal
+from aptp_platform.serve.orders import TEACHER, Catalog, Choice, CodeMap, ModelFacts, ModelLoad, Order, Picture, Refusal
 
 MODELS = (ModelFacts("code-00", 0.5, 5e8, 10, 1.0), ModelFacts(TEACHER, 1.0, 1e9, None, None))
 CATALOG = Catalog("0123456789ab", (16, 16), MODELS)
@@ -22,15 +22,15 @@ IMAGE = {"prompt": "a cat", "num_inference_steps": 10, "guidance_scale": 0}  # t
 class CheapGateway:
     """Sends every order to code-00, or refuses it, without making anything."""
 
-    refuses = False
+    refuses = 0  # with this status
 
     async def route(self, order: Order) -> Choice:
         if self.refuses:
-            raise Refusal(503, "no", code="overloaded")
+            raise Refusal(self.refuses, "no", code="no")
         return Choice("code-00", "code-00", "routed", (1.0,), 0.0, 0.5, 5e8)
 
     async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
-        return await self.route(order), [Picture(b"", seed, 1, 0.0, 0.0) for seed in order.seeds]
+        return await self.route(order), [Picture(b"", seed, 1, 0.0, 0.0, 1) for seed in order.seeds]
 
     async def stream(self, order: Order) -> AsyncIterator[Choice | Picture]:
         choice, pictures = await self.generate(order)
@@ -39,6 +39,9 @@ class CheapGateway:
 
     async def loads(self) -> dict[str, ModelLoad]:
         return {}
+
+    async def code_map(self) -> CodeMap:
+        return CodeMap(((0.0, 0.0),), (), ((0.0,), (0.0,)), (0.0,))
 
 
 def door(args: KeyArgs, entries: Any = (), *, loopback: bool = False) -> Doorkeeper:
@@ -120,13 +123,14 @@ def test_a_limit_counts_the_multiply_adds_of_the_chosen_model() -> None:
     assert unlimited.status_code == 200, "another key's limit is its own"
 
 
-def test_an_order_that_is_refused_costs_nothing() -> None:
+@pytest.mark.parametrize(("status", "free"), [(503, True), (429, True), (504, False)])
+def test_an_order_that_is_refused_costs_nothing_unless_it_was_tried(status: int, free: bool) -> None:
     token, entry = make_key("web", macs_per_second=1e3)
     keeper, gateway = door(KeyArgs(), [entry]), CheapGateway()
-    gateway.refuses = True
+    gateway.refuses = status
     (answer,) = ask(keeper, ("/v1/images/generations", token, IMAGE), gateway=gateway)
-    assert answer.status_code == 503
-    assert answer.headers["x-ratelimit-remaining-macs"] == answer.headers["x-ratelimit-limit-macs"]
+    assert answer.status_code == status
+    assert (answer.headers["x-ratelimit-remaining-macs"] == answer.headers["x-ratelimit-limit-macs"]) == free
 
 
 def test_a_changed_file_counts_and_a_broken_one_changes_nothing(

@@ -36,36 +36,40 @@ def build(args: ServeArgs) -> Application:
     if args.teacher_args is not None:
         models[TEACHER] = ("Teacher", args.teacher_args)
     experts = {
-        model: serve.deployment(name=name, **_expert_options(settings, args.drain_s))(Expert).bind(
+        model: serve.deployment(name=name, **_expert_options(settings, args))(Expert).bind(
             source, catalog, model, settings
         )
         for model, (name, settings) in models.items()
     }
     deployments = {model: name for model, (name, _) in models.items()}
-    batch_sizes = {model: settings.max_batch_size for model, (_, settings) in models.items()}
-    router_options = _options(args.router.num_cpus, args.router.scaling, args.drain_s)
+    batch_bounds = {model: settings.batch_bound for model, (_, settings) in models.items()}
+    router_options = _options(args.router.num_cpus, args.router.scaling, args)
     router = serve.deployment(name="Router", **router_options)(Router).bind(
-        source, catalog, args, experts, deployments, batch_sizes
+        source, catalog, args, experts, deployments, batch_bounds
     )
-    ingress_options = _options(args.ingress.num_cpus, args.ingress.scaling, args.drain_s)
+    ingress_options = _options(args.ingress.num_cpus, args.ingress.scaling, args)
     return serve.deployment(name="Ingress", **ingress_options)(Ingress).bind(router, catalog, args)
 
 
-def _options(num_cpus: float, scaling: ScalingArgs, drain_s: float) -> dict[str, Any]:
+def _options(num_cpus: float, scaling: ScalingArgs, args: ServeArgs) -> dict[str, Any]:
     return {
         "ray_actor_options": {"num_cpus": num_cpus},
         "autoscaling_config": scaling.to_ray(_MANY / 8),
         "max_ongoing_requests": _MANY,
-        "graceful_shutdown_timeout_s": drain_s,
+        **_leaving(args),
     }
 
 
-def _expert_options(args: ExpertArgs, drain_s: float) -> dict[str, Any]:
+def _expert_options(expert: ExpertArgs, args: ServeArgs) -> dict[str, Any]:
     """A replica holds one batch and those who are next; the others wait where any replica can take them."""
     return {
-        "ray_actor_options": {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
-        "autoscaling_config": args.scaling.to_ray(args.max_batch_size),
-        "max_ongoing_requests": args.max_batch_size + args.max_waiting,
-        "max_queued_requests": args.max_queued_requests,
-        "graceful_shutdown_timeout_s": drain_s,
+        "ray_actor_options": {"num_cpus": expert.num_cpus, "num_gpus": expert.num_gpus},
+        "autoscaling_config": expert.scaling.to_ray(expert.batch_bound),
+        "max_ongoing_requests": expert.batch_bound + expert.max_waiting,
+        "max_queued_requests": expert.max_queued_requests,
+        **_leaving(args),
     }
+
+
+def _leaving(args: ServeArgs) -> dict[str, Any]:
+    return {"graceful_shutdown_timeout_s": args.drain_s, "max_surge_percent": args.surge_percent}

@@ -6,7 +6,7 @@ Ray's own `AutoscalingConfig` ignores keys that it does not know, hence a schema
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -59,10 +59,22 @@ class ExpertArgs(_Section):
     num_gpus: float = Field(default=0.0, ge=0)
     num_threads: int | None = Field(default=None, ge=1, description="torch threads; unset: num_cpus, at least 1")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_batch_size: int = Field(default=8, ge=1, description="samples denoised together")
+    max_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="samples denoised together; auto: a replica measures at its start how many pay"
+    )
+    largest_batch: int = Field(default=16, ge=1, description="the most that auto may find")
+    measure_s: float = Field(default=5.0, gt=0, description="what measuring may take at a replica's start")
+    batching: Literal["steps", "requests"] = Field(
+        default="steps", description="requests: newcomers wait for the whole batch to end; to compare with"
+    )
     max_waiting: int = Field(default=8, ge=0, description="requests a replica holds ready to join the batch")
     max_queued_requests: int = Field(default=64, ge=1, description="more that wait for a replica get a 429")
     scaling: ScalingArgs = ScalingArgs()
+
+    @property
+    def batch_bound(self) -> int:
+        """The most samples that a replica may denoise together, known before any was started."""
+        return self.largest_batch if self.max_batch_size == "auto" else self.max_batch_size
 
     @property
     def device(self) -> str:
@@ -124,6 +136,19 @@ class DecisionArgs(_Section):
     max_bytes: int = Field(default=64_000_000, ge=1_000_000)
 
 
+class PageArgs(_Section):
+    """The page at `/`."""
+
+    prompts: tuple[str, ...] = Field(
+        default=(
+            "a smiling cat face with heart eyes", "a red apple", "the flag of Japan", "a green dragon", "a rocket",
+            "a slice of pizza", "a house with a garden", "a snowman", "a police officer", "a keycap with a five",
+        ),
+        max_length=64,
+        description="samples to try, shown on the map of the codes",
+    )  # fmt: skip
+
+
 class KeyArgs(_Section):
     """API keys. The keys themselves are a secret: JSON in a file, or in the environment variable APTP_API_KEYS."""
 
@@ -153,7 +178,11 @@ class ServeArgs(_Section):
     images: ImageArgs = ImageArgs()
     decisions: DecisionArgs = DecisionArgs()
     keys: KeyArgs = KeyArgs()
+    page: PageArgs = PageArgs()
     drain_s: float = Field(default=120.0, gt=0, description="what a leaving replica has to finish its images")
+    surge_percent: int = Field(
+        default=100, ge=0, le=100, description="replicas of a new release that start before old ones leave; 0: none"
+    )
 
     @model_validator(mode="after")
     def _check_codes(self) -> ServeArgs:

@@ -46,11 +46,18 @@ class EngineFullError(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
-class Ticket:
-    """A place in the engine, held while its `with` block lasts; leaving early is a cancellation."""
+class TooLateError(RuntimeError):
+    """A request's time was over before it had a place in the batch."""
 
-    def __init__(self, spec: SampleSpec) -> None:
-        self.spec = spec
+
+class Ticket:
+    """A place in the engine, held while its `with` block lasts; leaving early is a cancellation.
+
+    expires: the monotonic time after which it is not begun any more.
+    """
+
+    def __init__(self, spec: SampleSpec, expires: float) -> None:
+        self.spec, self.expires = spec, expires
         self.sample: Sample | None = None  # None while it waits
         self.outbox: asyncio.Queue[Rendered | Exception] = asyncio.Queue()
         self.arrived = time.monotonic()
@@ -90,6 +97,8 @@ class StepEngine:
     Args:
         max_batch_size: samples that are denoised together.
         max_waiting: requests that may wait for a place; one more raises `EngineFullError`.
+        whole_requests: newcomers wait until the whole batch is done, as batching servers do that know no steps. It is
+            here to be compared with.
         observe: called after every cycle, on the event loop.
     """
 
@@ -99,13 +108,14 @@ class StepEngine:
         *,
         max_batch_size: int,
         max_waiting: int,
+        whole_requests: bool = False,
         observe: Callable[[Cycle], None] | None = None,
     ) -> None:
         if max_batch_size < 1 or max_waiting < 0:
             raise ValueError(
                 f"max_batch_size {max_batch_size} must be at least 1, max_waiting {max_waiting} at least 0"
             )
-        self._denoiser, self._observe = denoiser, observe
+        self._denoiser, self._whole_requests, self._observe = denoiser, whole_requests, observe
         self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
@@ -134,8 +144,11 @@ class StepEngine:
             self._loop.result()
             raise RuntimeError("the engine was closed")
 
-    def submit(self, spec: SampleSpec) -> Ticket:
+    def submit(self, spec: SampleSpec, expires_in_s: float = math.inf) -> Ticket:
         """Takes a place now: `with engine.submit(spec) as ticket: async for image in ticket.images(): ...`
+
+        Args:
+            expires_in_s: if it still waits then, it is not begun, and its `images` raise `TooLateError`.
 
         Raises:
             EngineFullError: nobody more may wait.
@@ -146,7 +159,7 @@ class StepEngine:
         self.check()
         if len(self._waiting) >= self._max_waiting + self._max_batch_size - len(self._running):
             raise EngineFullError(len(self._waiting), self.drain_s)
-        ticket = Ticket(spec)
+        ticket = Ticket(spec, time.monotonic() + expires_in_s)
         self._waiting.append(ticket)
         self._wake.set()
         return ticket
@@ -168,7 +181,8 @@ class StepEngine:
         loop = asyncio.get_running_loop()
         while True:
             self._drop_unwanted()
-            while self._waiting and len(self._running) < self._max_batch_size:
+            closed = self._whole_requests and bool(self._running)
+            while self._waiting and len(self._running) < self._max_batch_size and not closed:
                 self._running.append(self._waiting.popleft())
             if not self._running:
                 self._wake.clear()
@@ -223,8 +237,11 @@ class StepEngine:
 
     def _drop_unwanted(self) -> None:
         self._running = [ticket for ticket in self._running if not ticket.unwanted]
-        if any(ticket.unwanted for ticket in self._waiting):
-            self._waiting = deque(ticket for ticket in self._waiting if not ticket.unwanted)
+        now = time.monotonic()
+        late = [ticket for ticket in self._waiting if ticket.expires <= now]
+        _fail(late, TooLateError("the request waited until its time was over"))
+        if late or any(ticket.unwanted for ticket in self._waiting):
+            self._waiting = deque(each for each in self._waiting if not each.unwanted and each.expires > now)
 
 
 def _fail(tickets: Iterable[Ticket], error: Exception) -> None:

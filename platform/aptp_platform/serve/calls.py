@@ -6,6 +6,7 @@ The one place that knows Ray's exceptions.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -13,24 +14,26 @@ from typing import Any, Final
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from aptp_platform.serve.orders import Refusal
+from aptp_platform.serve.orders import RELEASE_CHANGING, Refusal
 
 Lost = (RayActorError, ReplicaUnavailableError)  # the replica died, or cannot be reached: nobody runs the call any more
 _PAUSE_S: Final = 0.2  # for the handle to learn which replicas are left
 
 
-async def call(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0) -> Any:
+async def call(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0, patience_s: float = 0.0) -> Any:
     """The result of a handle call; cancelling it cancels the call.
 
     Args:
         make: `lambda: handle.method.remote(...)`; the call must mean the same when it is made again.
         drain_s: what a client is told to wait when the deployment's queue is full.
+        patience_s: how long to try again while the callee is of another release than the caller.
 
     Raises:
         Refusal: the callee's own; 429 when its queue is full; 503 when it died `attempts` times.
     """
-    for left in reversed(range(attempts)):
-        with _refusing(drain_s, last=not left):
+    tries = _Tries(attempts, drain_s, patience_s)
+    while True:
+        with tries.one():
             response = make()
             try:
                 return await response
@@ -38,14 +41,16 @@ async def call(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0) 
                 response.cancel()
                 raise
         await asyncio.sleep(_PAUSE_S)
-    raise AssertionError("the last attempt returns or raises")
 
 
-async def call_stream(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0) -> AsyncIterator[Any]:
+async def call_stream(
+    make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0, patience_s: float = 0.0
+) -> AsyncIterator[Any]:
     """The items of a streaming handle call; after a death the next run's items are passed on from where it stopped."""
+    tries = _Tries(attempts, drain_s, patience_s)
     passed = 0
-    for left in reversed(range(attempts)):
-        with _refusing(drain_s, last=not left):
+    while True:
+        with tries.one():
             response = make()
             ended = False
             try:
@@ -64,18 +69,35 @@ async def call_stream(make: Callable[[], Any], *, attempts: int, drain_s: float 
         await asyncio.sleep(_PAUSE_S)
 
 
+class _Tries:
+    """How often a call may still be made again."""
+
+    def __init__(self, attempts: int, drain_s: float, patience_s: float) -> None:
+        self._left, self._drain_s, self._ends = attempts, drain_s, time.monotonic() + patience_s
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Swallows what calls for another try."""
+        try:
+            with _translated(self._drain_s):
+                yield
+        except Lost:
+            self._left -= 1
+            if not self._left:
+                message = "The replica that ran this request was lost; try again."
+                raise Refusal(503, message, code="overloaded", retry_after_s=1.0) from None
+        except Refusal as refusal:
+            if refusal.code != RELEASE_CHANGING or time.monotonic() >= self._ends:
+                raise
+
+
 @contextmanager
-def _refusing(drain_s: float, *, last: bool) -> Iterator[None]:
-    """Swallows a replica's death, unless it is the last attempt's."""
+def _translated(drain_s: float) -> Iterator[None]:
     try:
         yield
     except BackPressureError:
         message = "Too many requests are waiting; try again later."
         raise Refusal(429, message, code="rate_limit_exceeded", retry_after_s=max(drain_s, 1.0)) from None
-    except Lost:
-        if last:
-            message = "The replica that ran this request was lost; try again."
-            raise Refusal(503, message, code="overloaded", retry_after_s=1.0) from None
     except DeploymentUnavailableError:
         raise Refusal(503, "This model is not running.", code="model_unavailable", retry_after_s=5.0) from None
     except RayTaskError as error:

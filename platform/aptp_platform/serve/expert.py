@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -12,14 +16,16 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from aptp.expert import load_expert
 from aptp.release import Release
 from aptp_platform.serve.args import ExpertArgs
-from aptp_platform.serve.batching import EngineFullError, Rendered, StepEngine, Ticket
+from aptp_platform.serve.batching import EngineFullError, Rendered, StepEngine, Ticket, TooLateError
 from aptp_platform.serve.denoising import Denoiser, Sample, SampleSpec
 from aptp_platform.serve.images import encode_image
 from aptp_platform.serve.metrics import ExpertMetrics
-from aptp_platform.serve.orders import TEACHER, Accepted, Catalog, Order, Picture, Refusal
+from aptp_platform.serve.orders import RELEASE_CHANGING, TEACHER, Accepted, Catalog, Order, Picture, Refusal
 from aptp_platform.serve.released import ReleaseSource
+from aptp_platform.serve.saturation import saturating_batch
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOG = logging.getLogger("ray.serve")
 
 
 class Expert:
@@ -31,32 +37,39 @@ class Expert:
         index = None if model == TEACHER else [code.name for code in catalog.codes].index(model)
         self._denoiser = load_denoiser(source.for_model(model), index, device=args.device, dtype=_DTYPES[args.dtype])
         self._warm_up()
+        self._batch_limit = self._measured(args) if args.max_batch_size == "auto" else args.max_batch_size
+        metrics = ExpertMetrics(model, self._batch_limit)
         self._engine = StepEngine(
             self._denoiser,
-            max_batch_size=args.max_batch_size,
-            max_waiting=args.max_waiting,
-            observe=ExpertMetrics(model).observe,
+            max_batch_size=self._batch_limit,
+            # Serve gives this many to a replica, whatever batch it settled on.
+            max_waiting=args.batch_bound + args.max_waiting - self._batch_limit,
+            whole_requests=args.batching == "requests",
+            observe=metrics.observe,
         )
 
-    async def generate(self, order: Order, seed: int) -> Picture:
-        """The order's image for one of its seeds.
+    async def generate(self, order: Order, seed: int, release: str) -> Picture:
+        """The order's image for one of its seeds, by the release that the order's choice was made for.
 
         Raises:
-            Refusal: 429 when too many wait already.
+            Refusal: 429 when too many wait already, 503 when this replica is of another release, 504 when the order
+                expired while it waited.
         """
-        with self._submit(order, seed, num_previews=0) as ticket:
+        with self._submit(order, seed, release, num_previews=0) as ticket, _in_words():
             images = [image async for image in ticket.images()]
         return await asyncio.to_thread(self._picture, order, seed, images[-1])
 
-    async def stream(self, order: Order, seed: int) -> AsyncIterator[Accepted | Picture]:
+    async def stream(self, order: Order, seed: int, release: str) -> AsyncIterator[Accepted | Picture]:
         """`Accepted` at once, then the previews that the order wants, then the image."""
-        with self._submit(order, seed, num_previews=order.num_previews) as ticket:
+        with self._submit(order, seed, release, num_previews=order.num_previews) as ticket, _in_words():
             yield Accepted()
             async for image in ticket.images():
                 yield await asyncio.to_thread(self._picture, order, seed, image)
 
-    async def wake(self) -> None:
-        """Does nothing; a call that waits is what makes Serve start a replica where there is none."""
+    async def wake(self, release: str) -> None:
+        """Nothing, if this replica is of the release. A call that waits is what makes Serve start a replica where there
+        is none."""
+        self._check_release(release)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica whose engine has ended."""
@@ -69,7 +82,19 @@ class Expert:
         self._denoiser.step(samples)
         self._denoiser.decode(samples)
 
-    def _submit(self, order: Order, seed: int, num_previews: int) -> Ticket:
+    def _measured(self, args: ExpertArgs) -> int:
+        limit = saturating_batch(self._denoiser, self._catalog.size, largest=args.largest_batch, seconds=args.measure_s)
+        _LOG.info("%s denoises up to %d samples together", self._model, limit)
+        return limit
+
+    def _check_release(self, release: str) -> None:
+        if release != self._catalog.release:
+            message = "Another release is being rolled out; try again."
+            raise Refusal(503, message, code=RELEASE_CHANGING, retry_after_s=5.0)
+
+    def _submit(self, order: Order, seed: int, release: str, num_previews: int) -> Ticket:
+        self._check_release(release)
+        expires_in_s = math.inf if order.expires is None else order.expires - time.time()
         spec = SampleSpec(
             prompt=order.prompt,
             seed=seed,
@@ -80,7 +105,7 @@ class Expert:
             num_previews=num_previews,
         )
         try:
-            return self._engine.submit(spec)
+            return self._engine.submit(spec, expires_in_s)
         except EngineFullError as full:
             message = f"{self._model} has no room; try again later."
             raise Refusal(
@@ -101,8 +126,18 @@ class Expert:
             num_text_tokens=self._denoiser.count_tokens(order.prompt),
             queue_ms=image.queue_ms,
             denoise_ms=image.denoise_ms,
+            batch_limit=self._batch_limit,
             preview=image.preview,
         )
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except TooLateError:
+        message = "The request waited in the queue until its 'deadline_ms' was over; it was not begun."
+        raise Refusal(504, message, code="deadline_exceeded", param="deadline_ms", retry=False) from None
 
 
 def load_denoiser(release: Release, index: int | None, *, device: str, dtype: torch.dtype) -> Denoiser:

@@ -33,7 +33,7 @@ from aptp_platform.serve.openai import (
     parse_request,
     to_order,
 )
-from aptp_platform.serve.orders import Catalog, Choice, ModelLoad, Order, Picture, Refusal
+from aptp_platform.serve.orders import Catalog, Choice, CodeMap, ModelLoad, Order, Picture, Refusal
 from aptp_platform.serve.replicas import ReplicaCounts
 from aptp_platform.serve.streams import in_time, open_stream
 
@@ -53,25 +53,32 @@ class Gateway(Protocol):
 
     async def loads(self) -> dict[str, ModelLoad]: ...
 
+    async def code_map(self) -> CodeMap: ...
+
 
 class RouterGateway:
-    """The router's deployment. An order that was on a router replica that died is given to another one."""
+    """The router's deployment. An order is given to another replica when its own died, or reaches no expert of its
+    release while another one is rolled out."""
 
-    def __init__(self, handle: DeploymentHandle[Any], attempts: int) -> None:
-        self._handle, self._attempts = handle, attempts
+    def __init__(self, handle: DeploymentHandle[Any], args: ServeArgs) -> None:
+        self._handle = handle
+        self._again: dict[str, Any] = {"attempts": args.router.attempts, "patience_s": args.drain_s}
 
     async def route(self, order: Order) -> Choice:
-        return await call(lambda: self._handle.route.remote(order), attempts=self._attempts)
+        return await call(lambda: self._handle.route.remote(order), **self._again)
 
     async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
-        return await call(lambda: self._handle.generate.remote(order), attempts=self._attempts)
+        return await call(lambda: self._handle.generate.remote(order), **self._again)
 
     def stream(self, order: Order) -> AsyncIterator[Choice | Picture]:
         streaming = self._handle.options(stream=True)
-        return call_stream(lambda: streaming.stream.remote(order), attempts=self._attempts)
+        return call_stream(lambda: streaming.stream.remote(order), **self._again)
 
     async def loads(self) -> dict[str, ModelLoad]:
-        return await call(lambda: self._handle.loads.remote(), attempts=self._attempts)
+        return await call(lambda: self._handle.loads.remote(), **self._again)
+
+    async def code_map(self) -> CodeMap:
+        return await call(lambda: self._handle.code_map.remote(), **self._again)
 
 
 @serve.ingress()
@@ -87,7 +94,7 @@ class Ingress:
             return 1 / max(1, peers.counts.get("ingress", 1))
 
         door = Doorkeeper(args.keys, catalog, os.environ, listens_on_loopback=_listens_on_loopback(), share=share)
-        self._app = create_app(RouterGateway(router, args.router.attempts), catalog, args, door)
+        self._app = create_app(RouterGateway(router, args), catalog, args, door)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -147,6 +154,10 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorke
         _, order = await order_of(request, RouteRequest)
         choice = await gateway.route(order)
         return JSONResponse(choice_json(choice), headers=_headers(choice, begun))
+
+    @v1.get("/map")
+    async def code_map() -> Response:
+        return JSONResponse(asdict(await gateway.code_map()))
 
     @v1.get("/models")
     async def models() -> Response:

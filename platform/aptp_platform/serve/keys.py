@@ -172,7 +172,7 @@ class Doorkeeper:
     @contextmanager
     def charged(self, key: ApiKey | None, order: Order) -> Iterator[Bill]:
         """Charges an order before it runs, to be corrected once its model is known. One that is refused after all costs
-        nothing; one whose client hangs up does.
+        nothing; one that ran out of time, or whose client hangs up, does.
 
         Raises:
             Refusal: 429 when the key has nothing left.
@@ -186,8 +186,9 @@ class Doorkeeper:
                 raise Refusal(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
         try:
             yield bill
-        except Exception:
-            bill.correct(0.0)
+        except Exception as error:
+            if not (isinstance(error, Refusal) and error.status == 504):
+                bill.correct(0.0)
             raise
 
     def headers(self, key: ApiKey | None) -> dict[str, str]:

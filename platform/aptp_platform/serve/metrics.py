@@ -5,12 +5,15 @@ Models are labels, prompts and users never.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from aptp_platform.serve.batching import Cycle
+from aptp_platform.serve.drift import Drift
 from aptp_platform.serve.orders import Choice, Picture
+
+if TYPE_CHECKING:  # the ingress counts too, and needs no torch
+    from aptp_platform.serve.batching import Cycle
 
 _SECONDS: Final = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
 _BATCH_SIZES: Final = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
@@ -43,11 +46,13 @@ class RouterMetrics:
         self._latency = Histogram("aptp_request_latency_seconds", "By phase.", _SECONDS, _keys("expert", "phase"))
         self._macs = Counter("aptp_macs_total", "Multiply-adds of the UNet, guidance included.", ("expert",))
         self._drift = Gauge("aptp_route_drift", "Distance of the recent codes from the training shares, 0 to 1.")
+        self._unknown = Gauge("aptp_unknown_prompt_rate", "Recent prompts unlike the training's; 0.01 there.")
 
-    def routed(self, choice: Choice, drift: float) -> None:
+    def routed(self, choice: Choice, drift: Drift) -> None:
         self._routes.inc(tags={"code": choice.routed, "reason": choice.reason})
         self._margin.observe(choice.margin)
-        self._drift.set(drift)
+        self._drift.set(drift.distance)
+        self._unknown.set(drift.unknown_rate)
         if choice.reason == "overflow":
             self._overflow.inc(tags={"from": choice.routed, "to": choice.model})
 
@@ -66,8 +71,9 @@ class RouterMetrics:
 class ExpertMetrics:
     """What an expert replica counts: an observer of its engine."""
 
-    def __init__(self, model: str) -> None:
-        self._tags = {"expert": model}
+    def __init__(self, model: str, batch_limit: int) -> None:
+        self._tags, self._batch_limit = {"expert": model}, batch_limit
+        self._limit = Gauge("aptp_batch_limit", "Samples that a replica denoises together at most.", ("expert",))
         self._batch = Histogram("aptp_batch_size", "Samples that shared a denoising step.", _BATCH_SIZES, ("expert",))
         self._step = Histogram("aptp_step_seconds", "Seconds of a denoising step.", _SECONDS, ("expert",))
         self._running = Gauge("aptp_num_requests_running", "Samples in the batch.", ("expert",))
@@ -76,5 +82,6 @@ class ExpertMetrics:
     def observe(self, cycle: Cycle) -> None:
         self._batch.observe(cycle.batch_size, tags=self._tags)
         self._step.observe(cycle.seconds, tags=self._tags)
+        self._limit.set(self._batch_limit, tags=self._tags)  # again: Ray drops a gauge that nobody sets any more
         self._running.set(cycle.batch_size, tags=self._tags)
         self._waiting.set(cycle.waiting, tags=self._tags)

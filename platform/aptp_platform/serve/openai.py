@@ -150,6 +150,7 @@ def to_order(
         model=request.model,
         budget=request.budget,
         deadline_ms=request.deadline_ms,
+        expires=None if request.deadline_ms is None else time.time() + request.deadline_ms / 1e3,
         output_format=images.output_format,
         compression=images.output_compression,
         num_previews=images.partial_images,

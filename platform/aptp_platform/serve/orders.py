@@ -10,6 +10,7 @@ Reason = Literal["routed", "asked", "budget", "deadline", "overflow", "cold"]
 MEDIA_TYPES: Final[dict[OutputFormat, str]] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AUTO = "auto"  # the model name that lets the router choose
 TEACHER = "teacher"
+RELEASE_CHANGING = "release_changing"  # the refusal of a replica that was asked for another release than its own
 
 
 def code_name(index: int) -> str:
@@ -22,8 +23,8 @@ class Order:
     """Images that somebody asked for, complete: whoever runs it again gets the same images.
 
     seeds: one an image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None.
-    compression: quality of jpeg and webp, 0..100. num_previews: unfinished pictures wanted on the way. caller: the name
-    of the API key it came with.
+    expires: seconds since the epoch after which it is not begun any more. compression: quality of jpeg and webp,
+    0..100. num_previews: unfinished pictures wanted on the way. caller: the name of the API key it came with.
     """
 
     prompt: str
@@ -35,6 +36,7 @@ class Order:
     model: str = AUTO
     budget: float | None = None
     deadline_ms: float | None = None
+    expires: float | None = None
     output_format: OutputFormat = "png"
     compression: int = 100
     num_previews: int = 0
@@ -54,6 +56,7 @@ class Choice:
     routed: the code that the router found nearest, even where the order went elsewhere. similarities: the prompt's, to
     every code. margin: nearest minus second. ratio: the chosen model's share of the teacher's MACs; macs: of one
     forward pass at the release's resolution. expected_ms: of one image, queue included; None before a model was timed.
+    unknown: whether the prompt is unlike those of the training; None where the release cannot tell.
     """
 
     model: str
@@ -64,17 +67,22 @@ class Choice:
     ratio: float
     macs: float
     expected_ms: float | None = None
+    familiarity: float | None = None
+    unknown: bool | None = None
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image as bytes of a file. preview: its number among the unfinished ones, None for the finished image."""
+    """One image as bytes of a file. preview: its number among the unfinished ones, None for the finished image.
+    batch_limit: of the replica that made it.
+    """
 
     data: bytes
     seed: int
     num_text_tokens: int
     queue_ms: float
     denoise_ms: float
+    batch_limit: int
     preview: int | None = None
 
 
@@ -99,12 +107,14 @@ class Catalog:
     """The release that is served.
 
     release: its identity, from the hash of release.json. size: native (width, height) in pixels. models: the codes in
-    the router's order, then the teacher if it is served.
+    the router's order, then the teacher if it is served. familiar: the familiarity below which a prompt is unknown;
+    None in a release that does not say.
     """
 
     release: str
     size: tuple[int, int]
     models: tuple[ModelFacts, ...]
+    familiar: float | None = None
 
     @property
     def codes(self) -> tuple[ModelFacts, ...]:
@@ -124,12 +134,33 @@ class ModelLoad:
     """A model as a router sees it now.
 
     running: images ordered and not there yet. step_ms: of one denoising step of an image, in the company that it had;
-    None before the first. replicas: that run; None before it is known.
+    None before the first. replicas: that run; None before it is known. batch_limit: samples that one of them denoises
+    together; None before it told.
     """
 
     running: int = 0
     step_ms: float | None = None
     replicas: int | None = None
+    batch_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class MappedPrompt:
+    """A prompt, the index of its code, and where it lies."""
+
+    prompt: str
+    code: int
+    place: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class CodeMap:
+    """codes: the place of each. A prompt with similarities s lies at projection (s - offset)."""
+
+    codes: tuple[tuple[float, float], ...]
+    prompts: tuple[MappedPrompt, ...]
+    projection: tuple[tuple[float, ...], tuple[float, ...]]
+    offset: tuple[float, ...]
 
 
 class Refusal(Exception):  # noqa: N818 - a refusal is an answer, not a failure

@@ -16,32 +16,34 @@ from ray.serve.handle import DeploymentHandle
 from aptp.router import Router as PromptRouter
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.calls import call, call_stream
+from aptp_platform.serve.codemap import code_map
 from aptp_platform.serve.decisions import DecisionLog
 from aptp_platform.serve.drift import DriftMonitor
 from aptp_platform.serve.metrics import RouterMetrics
-from aptp_platform.serve.orders import Accepted, Catalog, Choice, ModelLoad, Order, Picture, Refusal
+from aptp_platform.serve.orders import TEACHER, Accepted, Catalog, Choice, CodeMap, ModelLoad, Order, Picture, Refusal
 from aptp_platform.serve.released import ReleaseSource
 from aptp_platform.serve.replicas import ReplicaCounts
-from aptp_platform.serve.selection import Situation, decide
+from aptp_platform.serve.selection import Situation, decide, find
 
 _SMOOTHING: Final = 0.2  # weight of the newest image in a model's mean step time
+_OTHER_REPLICA_S: Final = 1.0  # in which a model's replica of this release is found, if there is one
 _MAX_RETRY_AFTER_S: Final = 60.0  # clients give up above two minutes
 
 
 class Router:
     """One replica of the router; several share the work, each with its own view of the load."""
 
-    def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         source: ReleaseSource,
         catalog: Catalog,
         args: ServeArgs,
         experts: Mapping[str, DeploymentHandle[Any]],
         deployments: Mapping[str, str],
-        batch_sizes: Mapping[str, int],
+        batch_bounds: Mapping[str, int],
     ) -> None:
         torch.set_num_threads(args.router.num_threads or max(1, int(args.router.num_cpus)))
-        self._catalog, self._args, self._experts, self._batch_sizes = catalog, args.router, experts, batch_sizes
+        self._catalog, self._args, self._experts, self._batch_sizes = catalog, args.router, experts, dict(batch_bounds)
         self._prompts = PromptRouter.load(source.for_router().router_path)
         self._running: Counter[str] = Counter()  # images of each model
         self._steps: Counter[str] = Counter()  # denoising steps of those images
@@ -51,9 +53,27 @@ class Router:
         self._waking: dict[str, asyncio.Future[Any]] = {}
         self._code_indices = {code.name: index for index, code in enumerate(catalog.codes)}
         self._drift = DriftMonitor([code.share or 0.0 for code in catalog.codes])
+        self._batch_limits: dict[str, int] = {}
+        self._samples = args.page.prompts
+        self._map: CodeMap | None = None
+        await self._wait_for_release(args)
         batched: Any = self._decide
         batched.set_max_batch_size(args.router.max_batch_size)
         batched.set_batch_wait_timeout_s(args.router.batch_wait_s)
+
+    async def _wait_for_release(self, args: ServeArgs) -> None:
+        """Until every model that is kept awake runs in this release, for some time: before, this replica could serve
+        nobody, and while a release is rolled out it would take the place of one that can."""
+        scaling = {model: args.expert(index).scaling for index, model in enumerate(self._code_indices)}
+        if args.teacher_args is not None:
+            scaling[TEACHER] = args.teacher_args.scaling
+        awake = [self._experts[model] for model, each in scaling.items() if each.min_replicas]
+        calls = (self._wake_call(handle, patience_s=args.drain_s) for handle in awake)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), args.drain_s)
+
+    async def _wake_call(self, handle: DeploymentHandle[Any], patience_s: float) -> None:
+        await call(lambda: handle.wake.remote(self._catalog.release), attempts=1, patience_s=patience_s)
 
     async def route(self, order: Order) -> Choice:
         """The model that the order would go to now."""
@@ -79,9 +99,10 @@ class Router:
         handle = self._experts[choice.model].options(stream=True)
         with self._accounted(order, choice):
             async for item in call_stream(
-                lambda: handle.stream.remote(order, order.seeds[0]),
+                lambda: handle.stream.remote(order, order.seeds[0], self._catalog.release),
                 attempts=self._args.attempts,
                 drain_s=self._drain_s(choice.model),
+                patience_s=_OTHER_REPLICA_S,
             ):
                 if isinstance(item, Accepted):
                     yield choice
@@ -95,17 +116,27 @@ class Router:
         self._replicas.follow()
         return {
             model.name: ModelLoad(
-                self._running[model.name], self._step_ms.get(model.name), self._replicas.counts.get(model.name)
+                self._running[model.name],
+                self._step_ms.get(model.name),
+                self._replicas.counts.get(model.name),
+                self._batch_limits.get(model.name),
             )
             for model in self._catalog.models
         }
 
+    async def code_map(self) -> CodeMap:
+        """The codes and the sample prompts of the page."""
+        if self._map is None:
+            self._map = await asyncio.to_thread(code_map, self._prompts, self._samples)
+        return self._map
+
     async def _picture(self, order: Order, choice: Choice, seed: int) -> Picture:
         handle = self._experts[choice.model]
         picture: Picture = await call(
-            lambda: handle.generate.remote(order, seed),
+            lambda: handle.generate.remote(order, seed, self._catalog.release),
             attempts=self._args.attempts,
             drain_s=self._drain_s(choice.model),
+            patience_s=_OTHER_REPLICA_S,
         )
         self._learn(order, choice, picture)
         return picture
@@ -114,6 +145,7 @@ class Router:
         step_ms = picture.denoise_ms / order.num_inference_steps
         known = self._step_ms.setdefault(choice.model, step_ms)
         self._step_ms[choice.model] = known + _SMOOTHING * (step_ms - known)
+        self._batch_limits[choice.model] = self._batch_sizes[choice.model] = picture.batch_limit
         self._metrics.made(choice, picture, self._catalog.macs_of(order, choice.macs) / len(order.seeds))
 
     def _drain_s(self, model: str) -> float:
@@ -127,7 +159,8 @@ class Router:
         model, images, started = choice.model, len(order.seeds), time.monotonic()
         self._running[model] += images
         self._steps[model] += images * order.num_inference_steps
-        self._metrics.routed(choice, self._drift.observe(self._code_indices[choice.routed]))
+        drift = self._drift.observe(self._code_indices[choice.routed], unknown=bool(choice.unknown))
+        self._metrics.routed(choice, drift)
         outcome = "failed"
         try:
             yield
@@ -147,10 +180,10 @@ class Router:
 
     @serve.batch  # type: ignore[untyped-decorator, unused-ignore]
     async def _decide(self, orders: list[Order]) -> list[Choice | Refusal]:
-        routes = await asyncio.to_thread(self._prompts.route, [order.prompt for order in orders])
+        found = await asyncio.to_thread(find, self._prompts, [order.prompt for order in orders], self._catalog.familiar)
         loads = await self.loads()
         situation = Situation(self._catalog, self._batch_sizes, loads, self._args.target_ms)
-        choices = decide(orders, routes.similarities.tolist(), situation)
+        choices = decide(orders, found, situation)
         for choice in choices:
             if isinstance(choice, Choice) and choice.reason == "cold":
                 self._wake(choice.routed)
@@ -161,7 +194,7 @@ class Router:
 
         async def wake() -> None:
             with suppress(Refusal):
-                await call(lambda: self._experts[model].wake.remote(), attempts=1)
+                await self._wake_call(self._experts[model], patience_s=0.0)
             del self._waking[model]
 
         if model not in self._waking:
