@@ -15,7 +15,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 from local_ray import local_ray
 from s3_server import s3_server
 
 __all__ = ["local_ray", "s3_server"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="load and faults as long as `make soak` wants them")
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--soak"))
+
+
+@pytest.fixture(scope="session")
+def served(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A `served.Served`. `test_serve_faults` is its last user and ends it, for the sake of later tests."""
+    from served import serving  # imports `aptp`, and the shape checks must be in place before
+
+    with serving(tmp_path_factory.mktemp("serve")) as made:
+        yield made

@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_python_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (snippet,) = (each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import openai" not in each)
     exec(compile(snippet, "README.md", "exec"), {})
     assert re.fullmatch(r"0\.\d\d of 271 M multiply-adds\n", capsys.readouterr().out)
 

@@ -1,115 +1,47 @@
 """A release behind real HTTP on Ray Serve, as its users meet it: the `openai` client, raw bodies, a browser."""
 
 import base64
-import contextlib
 import io
 import json
+import re
 import socket
-import time
-from collections.abc import Iterator
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
+import load
 import openai
-import psutil
 import pytest
+import ray
 import torch
 import yaml
+from chromium import CHROMIUM, chromium
 from PIL import Image
-from ray.exceptions import RayActorError
+from served import (
+    PROMPTS,
+    STEPS,
+    args,
+    client,
+    expected,
+    http,
+    library,
+    pixels_of,
+    release,
+    url,
+)
 from tiny_release import build_release
 
 from aptp.pipeline import AptpPipeline
 from aptp.release import BrokenReleaseError, Release
 from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
+from aptp_platform.serve.released import ReleaseSource
+from aptp_platform.serve.replay import replay
 
-STEPS, GUIDANCE = 4, 3.0
-PROMPTS = ("a red cat", "a house by the sea", "blue", "an old car in front of a very tall tower")
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    return build_release(tmp_path_factory.mktemp("serve") / "release", num_codes=2, with_teacher=True)
-
-
-@pytest.fixture(scope="module")
-def args(release: Release) -> ServeArgs:
-    return ServeArgs.model_validate(
-        {
-            "release": str(release.path),
-            "teacher": True,
-            "experts": {
-                "num_cpus": 0.1,
-                "num_threads": 1,
-                "max_batch_size": 4,
-                "max_waiting": 4,
-                "max_queued_requests": 8,
-            },
-            "router": {"num_cpus": 0.1, "num_threads": 1},
-            "ingress": {"num_cpus": 0.1, "body_timeout_s": 1.0},
-            "images": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "sizes": ["24x16"]},
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def url(local_ray: None, args: ServeArgs) -> Iterator[str]:
-    from ray import serve
-
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with contextlib.suppress(RayActorError, TimeoutError):  # on a starved machine Serve replaces its proxy meanwhile
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(args), name="aptp", route_prefix="/")
-    wait_for(f"http://127.0.0.1:{port}/ready")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-
-
-def wait_for(url: str, seconds: float = 120.0) -> None:
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url, timeout=10).status_code == httpx.codes.OK:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"{url} was not ready within {seconds} s")
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def library(release: Release) -> AptpPipeline:
-    return AptpPipeline.from_release(release.path)
-
-
-def pixels_of(data: str | None) -> torch.Tensor:
-    assert data is not None
-    return pixels_of_image(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
-
-
-def pixels_of_image(image: Image.Image) -> torch.Tensor:
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3).int()
-
-
-def expected(library: AptpPipeline, prompt: str, seed: int, **options: Any) -> torch.Tensor:
-    made = library([prompt], num_inference_steps=STEPS, guidance_scale=GUIDANCE, seeds=[seed], **options)
-    return pixels_of_image(made.images[0])
+__all__ = ["args", "client", "http", "library", "release", "url"]  # fixtures
 
 
 def test_an_openai_client_gets_the_library_s_image_of_the_prompt_s_code(client: Any, library: AptpPipeline) -> None:
@@ -248,19 +180,32 @@ def test_a_hostile_set_gets_its_4xx_and_the_server_goes_on(http: httpx.Client, u
     assert http.post(path, json={"prompt": "🧀 Käse \u202e"}).status_code == 200
 
 
-def test_an_overflowing_queue_is_a_429_that_says_when(http: httpx.Client, url: str) -> None:
-    body = {"prompt": "a cat", "model": "code-00", "num_inference_steps": 60}
+def test_decisions_are_logged_and_can_be_replayed(client: Any, args: ServeArgs, release: Release) -> None:
+    answer = client.images.with_raw_response.generate(prompt="a prompt of its own", n=2)
+    folder = Path(args.decisions.folder or "")
+    lines = [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]
+    (line,) = (each for each in lines if each["prompt"] == "a prompt of its own")
+    assert line["request_id"] == answer.headers["x-request-id"]
+    assert (line["model"], line["images"], line["outcome"]) == (answer.headers["x-aptp-code"], 2, "ok")
+    told = replay([folder], ReleaseSource(str(release.path)))
+    assert (told.replayed, told.changed, told.broken) == (len(lines), 0, 0)
 
-    def draw(_: int) -> httpx.Response:
-        return httpx.post(f"{url}/v1/images/generations", json=body, timeout=120)
 
-    with ThreadPoolExecutor(40) as threads:
-        answers = list(threads.map(draw, range(40)))
-    assert {answer.status_code for answer in answers} == {200, 429}
-    refused = next(answer for answer in answers if answer.status_code == 429)
-    assert int(refused.headers["retry-after"]) >= 1
-    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert http.get("/ready").json()["models"]["code-00"]["running"] == 0
+def test_metrics_are_exported(http: httpx.Client) -> None:
+    (node,) = ray.nodes()
+    port = node["MetricsExportPort"]
+    wanted = {
+        "aptp_requests_total", "aptp_request_latency_seconds", "aptp_route_drift", "aptp_unknown_prompt_rate",
+        "aptp_macs_total", "aptp_batch_size", "aptp_batch_limit", "aptp_refused_total",
+    }  # fmt: skip
+
+    def missing() -> set[str]:
+        for prompt in ("a cat", ""):  # one that is served, one that is refused
+            http.post("/v1/images/generations", json={"prompt": prompt})
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+        return {name for name in wanted if f"ray_{name}" not in text}
+
+    assert load.settles(lambda: not missing(), 30), missing()
 
 
 def test_the_page_and_the_probes(http: httpx.Client) -> None:
@@ -274,6 +219,51 @@ def test_the_page_and_the_probes(http: httpx.Client) -> None:
     page = http.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "://" not in page.text.replace("http://www.w3.org", ""), "the page needs no other host"
+
+
+def test_the_snippets_of_the_readme_run_as_they_stand(
+    url: str, release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    (shell,) = re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)
+    ran = subprocess.run(["bash", "-euo", "pipefail", "-c", shell], capture_output=True, text=True, check=True)
+    assert Image.open(tmp_path / "apple.png").size == (16, 16)
+    assert json.loads(ran.stdout)["reason"] == "routed"
+    (python,) = (each for each in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import openai" in each)
+    exec(compile(python, "README.md", "exec"), {})
+    code, reason, ratio = capsys.readouterr().out.split()
+    assert reason == "budget"
+    assert float(ratio) == pytest.approx(release.codes[int(code.removeprefix("code-"))].ratio, abs=1e-4)
+    assert float(ratio) <= 0.7
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; Debian's package of that name has it")
+def test_the_page_in_a_browser(url: str, tmp_path: Path) -> None:
+    with chromium(tmp_path / "profile") as page:
+        page.open(f"{url}/?prompt=a+red+cat")
+        finished = "[...document.querySelectorAll('figure img')].filter(image => image.src && !image.hidden"
+        page.wait(f"{finished} && !image.classList.contains('partial')).length === 2")
+        captions = page.evaluate("[...document.querySelectorAll('figcaption b')].map(each => each.textContent)")
+        assert captions[0] in ("code-00", "code-01")
+        assert captions[1] == "full model"
+        page.wait(
+            "document.querySelectorAll('#map .code').length === 2 && document.querySelector('#map .now') !== null"
+        )
+        page.wait("document.querySelectorAll('#map .prompt').length === 10")
+        assert page.evaluate("document.querySelector('.row.chosen button').textContent") == captions[0]
+        page.evaluate("document.querySelectorAll('#codes .row:not(.head) button')[1].click()")
+        assert page.evaluate("document.getElementById('budgetText').textContent") == "code-01"
+        page.evaluate("document.getElementById('prompt').value = 'a red cat\\u0001'")
+        page.evaluate("document.getElementById('form').requestSubmit()")
+        page.wait("document.getElementById('error').textContent.includes('control characters')")
+        assert {request.split("?")[0] for request in page.requests if not request.startswith(("data:", url))} == set()
+        assert [each for each in page.errors if "400" not in each] == []
+        page.screenshot(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50, "a picture of something"
 
 
 @pytest.mark.parametrize(
@@ -303,60 +293,3 @@ def test_the_shipped_configs_are_valid(name: str) -> None:
     application = ServeDeploySchema.model_validate(config).applications[0]
     assert application.import_path == "aptp_platform.serve.app:build"
     ServeArgs.model_validate(json.loads(json.dumps(application.args)))
-
-
-def replica(name: str) -> psutil.Process:
-    """The process of a deployment's only replica, among this very session's."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[0].startswith(f"ray::ServeReplica:aptp:{name}"):
-                return process
-    raise AssertionError(f"no process of {name}")
-
-
-@pytest.mark.parametrize("name", ["Expert-00", "Router"])
-def test_a_replica_that_is_killed_under_load_costs_nobody_an_image(
-    url: str, http: httpx.Client, library: AptpPipeline, name: str
-) -> None:
-    body = {"prompt": PROMPTS[0], "model": "code-00", "num_inference_steps": 60}
-    wanted = library([PROMPTS[0]] * 2, num_inference_steps=60, guidance_scale=GUIDANCE, seeds=[0, 1]).images
-
-    def draw(seed: int) -> httpx.Response:
-        return httpx.post(f"{url}/v1/images/generations", json={**body, "seed": seed}, timeout=300)
-
-    with ThreadPoolExecutor(6) as threads:
-        answers = [(seed, threads.submit(draw, seed)) for seed in (0, 1) * 3]
-        while http.get("/ready").json()["models"]["code-00"]["running"] < len(answers):
-            time.sleep(0.02)
-        replica(name).kill()
-        for seed, answer in answers:
-            assert answer.result().status_code == 200, answer.result().text
-            pixels = pixels_of(answer.result().json()["data"][0]["b64_json"])
-            assert (pixels - pixels_of_image(wanted[seed])).abs().max() <= 1
-
-
-def test_those_who_hang_up_leave_no_work_behind(url: str, http: httpx.Client) -> None:
-    body = {"prompt": "a cat", "model": "code-01", "num_inference_steps": 99}
-
-    def hang_up(streamed: bool) -> None:
-        with contextlib.suppress(httpx.TimeoutException):
-            httpx.post(f"{url}/v1/images/generations", json={**body, "stream": streamed}, timeout=1.0)
-
-    with ThreadPoolExecutor(12) as threads:
-        list(threads.map(hang_up, [False, True] * 6))
-    started = time.monotonic()
-    while http.get("/ready").json()["models"]["code-01"]["running"] and time.monotonic() - started < 5:
-        time.sleep(0.05)
-    assert http.get("/ready").json()["models"]["code-01"]["running"] == 0
-    assert http.post("/v1/images/generations", json={**body, "num_inference_steps": 2}).status_code == 200
-
-
-def test_the_client_s_own_retries_bring_a_refused_order_through(url: str) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8, timeout=120) as patient:
-
-        def draw(_: int) -> int:
-            answer = patient.images.generate(prompt="a cat", model="code-00", extra_body={"num_inference_steps": 20})
-            return len(answer.data or ())
-
-        with ThreadPoolExecutor(24) as threads:
-            assert sum(threads.map(draw, range(24))) == 24
