@@ -13,7 +13,7 @@ export TRANSFORMERS_VERBOSITY := error
 # Everything that Ray starts looks `python` up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup check test demo serve lock clean
+.PHONY: help setup check test soak bench-serve demo serve lock clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -41,6 +41,20 @@ check: setup ## ruff, format, mypy, import rules
 
 test: setup ## the whole suite
 	$(BIN)/pytest
+
+soak: setup ## load and faults against a server, as long as they need to be believed
+	$(BIN)/pytest --soak tests/aptp_platform/test_serve_faults.py
+
+bench-serve: setup .venv-bench/.ready ## the server against its peers, in ratios; FRESH=1 measures all again
+	PYTHONPATH=.:platform $(BIN)/python -m benchmarks.serving $(if $(FRESH),--fresh)
+
+# LitServe beside, not in, the environment that is served from.
+.venv-bench/.ready: requirements-bench.lock .venv/.ready
+	rm -rf .venv-bench
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -qq --disable-pip-version-check --no-deps -r requirements-bench.lock
+	echo "$(CURDIR)/$(BIN)/../lib/python3.11/site-packages" > .venv-bench/lib/python3.11/site-packages/zz-main.pth
+	touch $@
 
 demo: setup ## captioned images to served images; FRESH=1 forgets finished stages
 	$(BIN)/python -m aptp_platform.demo $(if $(FRESH),--fresh)

@@ -1,0 +1,104 @@
+"""The servers of the serving benchmark, all up at once on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import ray
+from ray import serve
+
+from aptp.release import Release
+from aptp_platform.cluster import free_ports
+from aptp_platform.serve.app import build
+from aptp_platform.serve.args import ServeArgs
+from benchmarks import noop_chain
+from benchmarks.arrivals import Target
+from benchmarks.bench_release import PROMPTS
+
+ROOT: Final = Path(__file__).parents[1]
+STEPS: Final = 8
+GUIDANCE: Final = 7.5
+
+
+@contextmanager
+def contenders(release: Release, small: Release) -> Iterator[tuple[dict[str, Target], tuple[str, str]]]:
+    """Every server under test, on loopback; and the URLs of the two no-op applications."""
+    serve_port, fastapi_port, litserve_port = free_ports(3)
+    litserve_python = ROOT / ".venv-bench/bin/python"
+    peers = [
+        subprocess.Popen([python, ROOT / "benchmarks" / script, release.path, str(port), str(STEPS)], env=os.environ)
+        for python, script, port in (
+            (sys.executable, "peer_fastapi.py", fastapi_port),
+            (litserve_python, "peer_litserve.py", litserve_port),
+        )
+    ]
+    try:
+        ray.init(address="local", num_cpus=8, object_store_memory=300_000_000, include_dashboard=False)
+        serve.start(http_options={"host": "127.0.0.1", "port": serve_port})
+        base = f"http://127.0.0.1:{serve_port}"
+        serve.run(build(server_args(release, teacher=True)), name="aptp", route_prefix="/")
+        serve.run(build(server_args(release, batching="requests")), name="whole", route_prefix="/whole")
+        serve.run(noop_chain.server(server_args(small)), name="noop", route_prefix="/noop")
+        serve.run(noop_chain.chain(), name="chain", route_prefix="/chain")
+
+        def openai(url: str, model: str) -> Target:
+            path = f"{url}/v1/images/generations"
+            return Target(path, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": model})
+
+        def plain(port: int) -> Target:
+            return Target(f"http://127.0.0.1:{port}/generate", lambda prompt, seed: {"prompt": prompt, "seed": seed})
+
+        targets = {
+            "experts": openai(base, "auto"),
+            "teacher": openai(base, "teacher"),
+            "whole requests": openai(f"{base}/whole", "auto"),
+            "fastapi": plain(fastapi_port),
+            "litserve": plain(litserve_port),
+        }
+        for target in targets.values():
+            _wait(target, peers)
+        yield targets, (f"{base}/noop", f"{base}/chain")
+    finally:
+        for peer in peers:
+            peer.terminate()
+        serve.shutdown()
+        ray.shutdown()
+
+
+def server_args(release: Release, *, teacher: bool = False, batching: str = "steps") -> ServeArgs:
+    """One thread a replica: four experts, or the teacher twice, share two cores."""
+    expert: dict[str, Any] = {"num_cpus": 0.1, "num_threads": 1, "batching": batching, "max_queued_requests": 500}
+    # The measurement at start would meet the start of the others; 4 is what it finds on an idle machine.
+    expert["max_batch_size"] = 4
+    twice = {**expert, "scaling": {"min_replicas": 2, "max_replicas": 2}}
+    small = {"num_cpus": 0.1, "num_threads": 1}
+    return ServeArgs.model_validate(
+        {
+            "release": str(release.path),
+            "experts": expert,
+            "teacher": twice if teacher else False,
+            "router": small,
+            "ingress": {"num_cpus": 0.1},
+            "images": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE},
+        }
+    )
+
+
+def _wait(target: Target, peers: list[subprocess.Popen[bytes]], seconds: float = 180.0) -> None:
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends and all(peer.poll() is None for peer in peers):
+        try:
+            if httpx.post(target.url, json=target.body(PROMPTS[0], 0), timeout=60).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise SystemExit(f"error: {target.url} did not answer within {seconds:g} s, or a peer ended; see its output above")

@@ -1,0 +1,77 @@
+"""What the server adds to Ray Serve: its ingress and router before an expert that does nothing, beside a bare chain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from aptp_platform.serve.args import ServeArgs
+from aptp_platform.serve.ingress import Ingress
+from aptp_platform.serve.orders import Order, Picture
+from aptp_platform.serve.released import ReleaseSource
+from aptp_platform.serve.router import Router
+
+_OPTIONS: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64}
+_chain = FastAPI()
+
+
+class NoopExpert:
+    """An expert whose images are empty files."""
+
+    async def generate(self, order: Order, seed: int, release: str) -> Picture:
+        return Picture(b"", seed, 1, 0.0, 0.0, 1)
+
+    async def wake(self, release: str) -> None:
+        return None
+
+
+def server(args: ServeArgs) -> Application:
+    """The server's own ingress and router before no-op experts."""
+    source = ReleaseSource(args.release)
+    catalog = source.catalog(with_teacher=False)
+    names = {model.name: f"Noop-{index:02d}" for index, model in enumerate(catalog.models)}
+    experts = {model: serve.deployment(name=name, **_OPTIONS)(NoopExpert).bind() for model, name in names.items()}
+    router = serve.deployment(name="Router", **_OPTIONS)(Router).bind(
+        source, catalog, args, experts, names, dict.fromkeys(names, 1)
+    )
+    return serve.deployment(name="Ingress", **_OPTIONS)(Ingress).bind(router, catalog, args)
+
+
+class ChainExpert:
+    """The end of the bare chain."""
+
+    async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+
+class ChainRouter:
+    """Its middle."""
+
+    def __init__(self, expert: DeploymentHandle[Any]) -> None:
+        self._expert = expert
+
+    async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        return await self._expert.generate.remote(body)
+
+
+@serve.ingress(_chain)
+class ChainIngress:
+    """Its HTTP end."""
+
+    def __init__(self, router: DeploymentHandle[Any]) -> None:
+        self._router = router
+
+    @_chain.post("/v1/images/generations")
+    async def generate(self, request: Request) -> dict[str, Any]:
+        return await self._router.generate.remote(await request.json())
+
+
+def chain() -> Application:
+    """Ray Serve's own three-deployment no-op chain."""
+    expert = serve.deployment(name="ChainExpert", **_OPTIONS)(ChainExpert).bind()
+    router = serve.deployment(name="ChainRouter", **_OPTIONS)(ChainRouter).bind(expert)
+    return serve.deployment(name="ChainIngress", **_OPTIONS)(ChainIngress).bind(router)
