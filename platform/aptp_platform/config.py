@@ -35,6 +35,7 @@ class DataConfig:
     train: str = "train-*"  # glob of the training files' names in it; their ending says the format
     heldout: str = "test_*"  # glob of the files that only evaluation sees
     image_size: int = 512
+    max_captions: int | None = None  # of an image, the first ones; unset: all
     max_bad_share: float = 0.01  # more bad rows than this of all rows, or bad files of all files, fail the job
 
 
@@ -234,6 +235,7 @@ def _check(config: RunConfig) -> None:
     _rule(bool(model.pipeline), "model.pipeline", model.pipeline, "a diffusers folder: a path or a URI")
     _rule(0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share in [0, 1]")
     _rule(data.image_size > 0 == data.image_size % 8, "data.image_size", data.image_size, "a multiple of 8")
+    _rule(data.max_captions is None or data.max_captions >= 1, "data.max_captions", data.max_captions, "at least 1")
     for rule in ("batch_size", "readers", "actors", "rows_per_file"):
         _rule(getattr(config.encode, rule) >= 1, f"encode.{rule}", getattr(config.encode, rule), "at least 1")
     _rule(config.encode.cpus_per_actor > 0, "encode.cpus_per_actor", config.encode.cpus_per_actor, "above 0")

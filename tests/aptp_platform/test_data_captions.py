@@ -112,6 +112,17 @@ def test_every_format_gives_the_same_rows(write, where, tmp_path, request, local
         assert json.loads(rows[2]["tags"]) == {"kind": "kind-2"}
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_only_as_many_captions_of_an_image_are_read_as_asked_for(tmp_path):
+    write_tar(tmp_path)
+    config = DataConfig(source=str(tmp_path), train="*.tar", heldout="none", max_captions=1)
+    rows = read_captioned(config, LOCAL, [SourceFile("train", "set.tar", 0)]).take_all()
+    assert {row["key"]: list(row["captions"]) for row in rows} == {
+        f"{index:05d}": captions_of(index)[:1] for index in INDICES
+    }
+    assert any(len(captions_of(index)) > 1 for index in INDICES)
+
+
 def test_positions_follow_the_sorted_files_whichever_of_them_are_read(tmp_path, local_ray):
     write_shards(tmp_path, train=12, shards=3, heldout=2)
     config = DataConfig(source=str(tmp_path))

@@ -98,7 +98,7 @@ def read_captioned(
         readers: tasks that read at the same time.
     """
     return ray.data.from_items([asdict(file) for file in files], override_num_blocks=len(files)).map_batches(
-        partial(_read_files, Store.open(config.source, storage)),
+        partial(_read_files, Store.open(config.source, storage), config.max_captions),
         batch_size=1,
         compute=ray.data.TaskPoolStrategy(size=min(readers, len(files))),
         num_cpus=READER_CPUS,
@@ -125,14 +125,14 @@ def _format(name: str) -> str | None:
     return next((ending for ending in FORMATS if name.lower().endswith(ending)), None)
 
 
-def _read_files(store: Store, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+def _read_files(store: Store, max_captions: int | None, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
     for split, name, place in zip(batch["split"], batch["name"], batch["place"], strict=True):
         ending = _format(name)
         assert ending is not None  # source_files has seen to it
         group: list[dict[str, object]] = []
         size = 0
         for position, sample in zip(count(int(place) << 32), FORMATS[ending](store, str(name))):
-            group.append({"split": split, "position": position, **_row(sample)})
+            group.append({"split": split, "position": position, **_row(sample, max_captions)})
             size += len(sample.image) if isinstance(sample, CaptionedImage) else 0
             if len(group) == GROUP_ROWS or size >= GROUP_BYTES:
                 yield pa.Table.from_pylist(group, SCHEMA)
@@ -141,10 +141,11 @@ def _read_files(store: Store, batch: dict[str, np.ndarray]) -> Iterator[pa.Table
             yield pa.Table.from_pylist(group, SCHEMA)
 
 
-def _row(sample: CaptionedImage | Fault) -> dict[str, object]:
+def _row(sample: CaptionedImage | Fault, max_captions: int | None) -> dict[str, object]:
     if isinstance(sample, Fault):
         given = {"image": b"", "captions": [], "tags": "{}", "fault": sample.cause, "detail": sample.detail}
     else:
         tags = json.dumps(sample.tags)
-        given = {"image": sample.image, "captions": list(sample.captions), "tags": tags, "fault": "", "detail": ""}
+        captions = list(sample.captions[:max_captions])
+        given = {"image": sample.image, "captions": captions, "tags": tags, "fault": "", "detail": ""}
     return {"key": sample.key, **given}

@@ -170,6 +170,7 @@ def _origin(config: RunConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
         "files": [f"{file.split} {file.name}" for file in files],
         "versions": [source.fingerprint(pattern) for pattern in (config.data.train, config.data.heldout)],
         "image_size": config.data.image_size,
+        "max_captions": config.data.max_captions,
         "model": to_tree(config.model),
     }
 
