@@ -102,7 +102,7 @@ def random_code(
 def block_removal_code(unet: nn.Module, space: PruningSpace, table: CostTable, budget: float) -> ArchitectureCode:
     """Whole layers are removed, innermost first, until the next would undershoot the budget (BK-SDM, Kim et al. 2023,
     arXiv 2305.15798, which has three fixed sizes); what is left to the budget is cut evenly from the widths."""
-    order = space.keep_order or tuple(range(len(space.depth)))
+    order = range(len(space.depth)) if space.keep_order is None else space.keep_order[1:]  # the first never goes
     depth = torch.ones(len(space.depth), dtype=torch.bool)
     full = torch.ones(space.width_entries)
     for index in reversed(order):

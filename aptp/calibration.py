@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from aptp.cost import CostTable
+from aptp.relax import LOGIT_LIMIT
 from aptp.router import Router, require_used
 from aptp.transport import balanced_assignment
 
@@ -52,8 +53,8 @@ def calibrate_budget(
         usage = router.route_embeddings(embeddings).usage()
         return float((usage * table.ratio(router.harden(router.gates(router.codes)))).sum())
 
-    def bracket(ratio_of: Callable[[float], float]) -> tuple[float, float]:
-        low, high = -30.0, 30.0
+    def bracket(ratio_of: Callable[[float], float], low: float = -30.0) -> tuple[float, float]:
+        high = 30.0
         for _ in range(24):
             middle = (low + high) / 2
             low, high = (middle, high) if ratio_of(middle) < budget else (low, middle)
@@ -63,7 +64,8 @@ def calibrate_budget(
     before = ratio_at(width, depth)
     if abs(before / budget - 1) > tolerance / 10:
         if not ratio_at(-30.0, depth) <= budget <= ratio_at(30.0, depth):
-            _, depth = bracket(lambda shift: ratio_at(shift, shift))
+            kept_longest = LOGIT_LIMIT + router.config.relaxation.offset  # its gate closes at a shift of minus this
+            _, depth = bracket(lambda shift: ratio_at(shift, shift), low=0.5 - kept_longest)
         width = min(bracket(lambda shift: ratio_at(shift, depth)), key=lambda w: abs(ratio_at(w, depth) - budget))
     after = ratio_at(width, depth)
     if abs(after / budget - 1) > tolerance:

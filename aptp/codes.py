@@ -52,8 +52,8 @@ class Site:
 class PruningSpace:
     """All sites of one network, in the order of the architecture vector.
 
-    `keep_order` ranks the depth sites from the one kept longest to the one dropped first; None leaves every depth entry
-    free of the others.
+    `keep_order` ranks the depth sites from the one kept longest, which learning never drops, to the one dropped first;
+    None leaves every depth entry free of the others.
     """
 
     width: tuple[Site, ...]
@@ -172,9 +172,12 @@ class ArchitectureCode:
 
     @classmethod
     def smallest(cls, space: PruningSpace) -> "ArchitectureCode":
-        """The code that keeps the first unit of every width site and no depth site."""
+        """The smallest code that can be learned: the first unit of every width site, and of ordered depth sites the one
+        that is kept longest."""
         bits = torch.zeros(len(space), dtype=torch.bool)
         bits[[space.slice_of(site.name).start for site in space.width]] = True
+        if space.keep_order:
+            bits[space.width_entries + space.keep_order[0]] = True
         return cls(space, bits)
 
     @classmethod

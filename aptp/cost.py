@@ -52,7 +52,7 @@ class CostTable:
 
     @cached_property
     def minimum(self) -> float:
-        """The lowest MACs ratio that a legal code reaches: one unit of every width site and no depth site."""
+        """The MACs ratio of `ArchitectureCode.smallest`: below it there is no budget to aim at."""
         return float(self.ratio(ArchitectureCode.smallest(self.space).mask[None])[0])
 
     def macs(self, mask: Float[Tensor, "batch gate"]) -> Float64[Tensor, " batch"]:

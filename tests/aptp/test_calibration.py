@@ -21,9 +21,8 @@ def table(space) -> CostTable:
 
 
 def a_router(space, **options) -> Router:
-    return Router(
-        space, RouterConfig(num_codes=3, embedding_dim=16, **options), generator=torch.Generator().manual_seed(0)
-    )
+    config = RouterConfig(**{"num_codes": 3, "embedding_dim": 16} | options)
+    return Router(space, config, generator=torch.Generator().manual_seed(0))
 
 
 def embeddings(count: int) -> torch.Tensor:
@@ -56,12 +55,15 @@ def test_calibration_moves_nothing_when_the_budget_is_met(space, table):
     assert router.architecture_codes() == codes
 
 
-def test_calibration_lets_depth_go_where_width_does_not_suffice(space, table):
+@pytest.mark.parametrize(("above", "num_codes"), [(1.0, 1), (1.15, 3)])
+def test_calibration_lets_depth_go_where_width_does_not_suffice(space, table, above, num_codes):
+    """Down to the least budget, where all codes are one and the depth site that is kept longest still stands."""
     z = embeddings(100)
-    router = a_router(space)
-    found = calibrate_budget(router, z, table, table.minimum * 1.15, tolerance=0.05)
+    router = a_router(space, num_codes=num_codes)
+    found = calibrate_budget(router, z, table, table.minimum * above, tolerance=0.05)
     assert found.depth_shift < 0
-    assert found.ratio == pytest.approx(table.minimum * 1.15, rel=0.05)
+    assert not any(code.drops(space.depth[space.keep_order[0]].name) for code in router.architecture_codes())
+    assert found.ratio == pytest.approx(table.minimum * above, rel=0.05)
 
 
 def test_impossible_budgets_and_unused_codes_are_refused(space, table):

@@ -80,7 +80,10 @@ def test_kept_units_and_dropped_layers_are_read_by_name():
     assert code.kept_units("a.conv2").tolist() == [1, 3]
     assert code.drops("b")
     assert not code.drops("a")
-    assert ArchitectureCode.smallest(SPACE).mask.sum() == len(WIDTH)
+    smallest = ArchitectureCode.smallest(SPACE)
+    assert smallest.mask.sum() == len(WIDTH) + 1
+    assert (smallest.drops("a"), smallest.drops("b")) == (True, False)  # b is kept longest
+    assert ArchitectureCode.smallest(PruningSpace(WIDTH, SPACE.depth)).mask.sum() == len(WIDTH)
 
 
 def test_a_code_of_another_space_is_refused():
