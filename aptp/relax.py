@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_LOGIT_LIMIT: Final = 13.815510  # logit(1 - 1e-6)
+LOGIT_LIMIT: Final = 13.815510  # logit(1 - 1e-6)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def depth_gates(
     z = logits.float()
     upto = torch.logcumsumexp(z, dim=1)
     beyond = F.pad(torch.logcumsumexp(z.flip(1), dim=1).flip(1)[:, 1:], (0, 1), value=-torch.inf)
-    x_logit = (upto - beyond).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT).flip(1)
+    x_logit = (upto - beyond).clamp(-LOGIT_LIMIT, LOGIT_LIMIT).flip(1)
     rank = torch.argsort(keep_order)
     return width_gates(x_logit[:, rank], noise, relaxation)
 
@@ -97,9 +97,9 @@ def harden(soft: Float[Tensor, "batch gate"], site_index: Int[Tensor, " width"])
     batch = soft.shape[0]
     hard = (soft >= 0.5).to(soft.dtype)
     if width:
-        sites = int(site_index[-1]) + 1
         index = site_index.expand(batch, -1)
-        largest = soft.detach().new_full((batch, sites), -torch.inf)
+        # There are at most `width` sites: to ask the tensor for their number would wait for the device.
+        largest = soft.detach().new_full((batch, width), -torch.inf)
         largest = largest.scatter_reduce(1, index, soft.detach()[:, :width], "amax")
         survivor = soft[:, :width] >= largest.gather(1, index)
         hard = torch.cat([torch.maximum(hard[:, :width], survivor.to(hard.dtype)), hard[:, width:]], dim=1)

@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from aptp.backbones import backbone_of
+from aptp.backbones import Layer, backbone_of
 from aptp.codes import DepthKind, PruningSpace, Site, WidthKind
 
 CUTTABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, nn.GroupNorm)
@@ -114,7 +114,8 @@ def read_space(
     Args:
         granule: how many norm groups, heads and feed-forward channels make one unit.
         depth: "last" offers the last resnet and transformer of every outer block (the paper), "every" each layer whose
-            in-width equals its out-width, "none" no depth site.
+            in-width equals its out-width (of a transformer that stacks several blocks, as SDXL's, each block), "none"
+            no depth site.
         depth_order: ranks the depth sites (`outermost_first`, `any_order` or your own).
 
     Raises:
@@ -125,6 +126,8 @@ def read_space(
     backbone = backbone_of(unet)
     layers = list(backbone.layers(unet))
     width = [site for layer in layers for site in _width_sites(unet, layer.path, granule)]
+    if depth == "every":
+        layers = [part for layer in layers for part in _finest(unet, layer)]
     chosen = [
         (layer, DEPTH_OFFERS[type(unet.get_submodule(layer.path))])
         for layer in layers
@@ -137,6 +140,16 @@ def read_space(
         depth=tuple(Site(layer.path, kind, 1, layer.identity_channels) for layer, kind in chosen),
         keep_order=depth_order([layer.stage for layer, _ in chosen], len(backbone.stages(unet))),
     )
+
+
+def _finest(model: nn.Module, layer: Layer) -> list[Layer]:
+    """The layers that a layer stacks, if they are several that can be dropped one by one; else itself."""
+    inner = [
+        path
+        for path, module in model.get_submodule(layer.path).named_modules(prefix=layer.path)
+        if path != layer.path and type(module) in DEPTH_OFFERS
+    ]
+    return [layer] if len(inner) < 2 else [layer._replace(path=path) for path in inner]
 
 
 def _width_sites(model: nn.Module, path: str, granule: Granule) -> Iterator[Site]:

@@ -59,6 +59,14 @@ def test_other_unets(config, width, depth):
     assert (len(space.width), len(space.depth)) == (width, depth)
 
 
+def test_stacked_transformer_blocks_can_be_dropped_one_by_one():
+    unet = tiny.on_meta(**tiny.SDXL)
+    every = read_space(unet, depth="every")
+    assert units(every, "block") == [1] * (2 * 2 + 2 * 10 + 10 + 3 * 10 + 3 * 2)  # down, middle, up
+    assert units(every, "transformer") == []
+    assert units(read_space(unet), "block") == []
+
+
 def test_a_diffusion_transformer_offers_heads_hidden_units_and_whole_blocks():
     space = read_space(tiny.on_meta(PixArtTransformer2DModel))
     assert units(space, "heads") == [16] * 56

@@ -16,7 +16,7 @@ from aptp.sites import offer_of, producers_of, read_space
 from aptp.slicing import Skipped, slice_unet
 
 KINDS = [("unet", kind) for kind in ("groups", "heads", "hidden", "resnet", "transformer", "all")]
-KINDS += [("sdxl", "all")] + [("pixart", kind) for kind in ("heads", "hidden", "block", "all")]
+KINDS += [("sdxl", "block"), ("sdxl", "all")] + [("pixart", kind) for kind in ("heads", "hidden", "block", "all")]
 
 
 @torch.no_grad()
