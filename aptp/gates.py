@@ -2,6 +2,11 @@
 
 A width mask multiplies the input of the layer that consumes the gated channels: for bits this equals slicing exactly,
 and for soft values the gradient reaches the gate (a mask before a GroupNorm would be normalised away).
+
+A closed depth gate bypasses its layer but does not spare it. In training it must not: the gradient of a gate at exactly
+zero (straight-through bits) is <g, f(x) - x>, which needs f(x), and rows of one batch close different gates. At
+inference it could, for a wait of the host on every mask and a compiled graph that depends on the mask's values; there
+`aptp.slicing` removes the layer instead, and every narrower one with it.
 """
 
 from collections.abc import Callable, Iterator

@@ -153,6 +153,25 @@ def test_the_task_reaches_every_gate(model):
     assert max(size.values()) < 1000 * min(size.values())
 
 
+def test_a_closed_depth_gate_still_learns_what_opening_it_would_change():
+    """At exactly zero, as straight-through gates are: the gradient is that of the line from bypassing to keeping."""
+    unet = tiny.unet().double().requires_grad_(False)
+    space = read_space(unet)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny.inputs(unet, batch=1).items()}
+    site = space.depth[-1]
+    mask = torch.ones(1, len(space), dtype=torch.float64)
+    mask[:, space.slice_of(site.name)] = 0
+    gradient = task_gradient(unet, space, mask, inputs)[:, space.slice_of(site.name)]
+    with torch.no_grad(), gated(unet, space) as gates:
+        losses = []
+        for gate in (0.0, 1e-6):
+            mask[:, space.slice_of(site.name)] = gate
+            gates.set(mask)
+            losses.append(run(unet, **inputs).square().mean())
+    assert float(gradient) == pytest.approx(float(losses[1] - losses[0]) / 1e-6, rel=1e-4)
+    assert float(gradient) != 0
+
+
 def test_the_gradient_of_a_gate_is_that_of_finite_differences(model):
     space, inputs = read_space(model), tiny.inputs(model, batch=1)
     model.double().requires_grad_(False)
