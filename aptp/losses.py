@@ -185,10 +185,15 @@ def contrastive_loss(
         return -(p * log_s.clamp_min(-100) + (1 - p) * log_not_s).mean()
     if form != "row":
         raise ValueError(f"form must be 'row' or 'bce', it is {form!r}")
-    others = ~torch.eye(count, dtype=torch.bool, device=features.device)
-    log_p = logits_p[others].reshape(count, count - 1).log_softmax(1)
-    log_s = logits_s[others].reshape(count, count - 1).log_softmax(1)
+    log_p, log_s = (_off_diagonal(logits).log_softmax(1) for logits in (logits_p, logits_s))
     return F.kl_div(log_s, log_p, log_target=True, reduction="batchmean") / math.log(count - 1)
+
+
+def _off_diagonal(square: Float[Tensor, "row row"]) -> Float[Tensor, "row others"]:
+    """Every row without its own entry. In a row-major square of n x n the diagonal is every (n + 1)th entry, so what
+    follows the first is n - 1 lines of n + 1 entries that end in one (a boolean mask would wait for the device)."""
+    n = len(square)
+    return square.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1)
 
 
 def pull_loss(

@@ -100,7 +100,8 @@ class Routes:
 
 def code_usage(indices: Int[Tensor, " batch"], num_codes: int) -> Float[Tensor, " code"]:
     """Each code's share of the prompts."""
-    return torch.bincount(indices, minlength=num_codes).float() / max(len(indices), 1)
+    codes = torch.arange(num_codes, device=indices.device)
+    return (indices[:, None] == codes).float().sum(0) / max(len(indices), 1)
 
 
 def require_used(usage: Float[Tensor, " code"]) -> None:
@@ -222,7 +223,7 @@ class Router(nn.Module):
         """phi: unit vectors whose dot products are the similarities."""
         entries = self.space.width_entries
         width, depth = soft[:, :entries], soft[:, entries:]
-        width = width * F.pad(depth, (0, 1), value=1.0)[:, self.owner_index]
+        width = width * F.pad(depth, (0, 1), value=1.0).index_select(1, self.owner_index)
         if self.config.features == "mixed":
             hard = self.harden(soft)
             width = torch.where(self.owner_index < len(self.space.depth), width, hard[:, :entries])

@@ -104,6 +104,24 @@ def test_the_row_form_does_not_depend_on_the_number_of_prompts_and_the_official_
     assert bce[1] < bce[0] / 2.5
 
 
+def test_both_forms_are_their_formulas_word_by_word():
+    z, phi = groups(6).double(), torch.rand(6, 5, generator=torch.Generator().manual_seed(0)).double()
+
+    def row(vectors: torch.Tensor, i: int, without_self: bool) -> torch.Tensor:
+        others = [j for j in range(6) if j != i or not without_self]
+        cosines = [torch.cosine_similarity(vectors[i], vectors[j], dim=0) for j in others]
+        return torch.softmax(torch.stack(cosines) / 0.5, dim=0)
+
+    kl, bce = 0.0, 0.0
+    for i in range(6):
+        for p, s in zip(row(z, i, True), row(phi, i, True), strict=True):
+            kl += float(p * (p / s).log()) / 6 / math.log(5)
+        for p, s in zip(row(z, i, False), row(phi, i, False), strict=True):
+            bce -= float(p * s.log() + (1 - p) * (1 - s).log()) / 36
+    assert contrastive_loss(z, phi, temperature=0.5, form="row").item() == pytest.approx(kl, rel=1e-4)
+    assert contrastive_loss(z, phi, temperature=0.5, form="bce").item() == pytest.approx(bce, rel=1e-4)
+
+
 @pytest.mark.parametrize("form", ["row", "bce"])
 def test_architectures_like_their_prompts_cost_less_than_equal_ones(form):
     z = groups(32)

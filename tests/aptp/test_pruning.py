@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDPMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aptp.baselines import magnitude_code, random_code, uniform_code
 from aptp.calibration import calibrate_budget
@@ -221,6 +222,31 @@ def test_four_steps_are_two_and_a_resumption_and_two(unet, space, table):
     for name, value in through.learned_state().items():
         assert torch.equal(value, after.learned_state()[name]), name
     assert not any(name.startswith("unet") for name in through.learned_state())
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts how often Python asks for a tensor's value, or for a shape that depends on values: on an accelerator each
+    time waits for all that is queued."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "equal", "unique", "masked_select", "bincount")
+        masked = func._opname == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += masked or any(func._opname.startswith(name) for name in waits)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_the_same_few_times_whatever_the_network():
+    counts = []
+    for layers in (1, 2):
+        unet = tiny.unet(layers_per_block=layers)
+        space = read_space(unet)
+        stage = a_stage(unet, space, cost_table(unet, space, (8, 8), 5))
+        with HostWaits() as waits:
+            run(stage, a_batch()).total.backward()
+        counts.append(waits.count)
+    assert counts[0] == counts[1] <= 12  # the transport's: finite input, and convergence every tenth iteration
 
 
 class Workers:

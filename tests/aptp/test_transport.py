@@ -22,6 +22,19 @@ def test_marginals_may_be_given():
     assert torch.allclose(plan.sum(0), shares, atol=1e-3)
 
 
+def test_three_iterations_are_the_official_ones():
+    """The authors' (SwAV's) in float64 exponentials: codes to 1/K, prompts to 1/B, three times."""
+    scores = similarities(32, 4)
+    plan = torch.exp(scores.double() / 0.05)
+    plan /= plan.sum()
+    for _ in range(3):
+        plan /= 4 * plan.sum(0)
+        plan /= 32 * plan.sum(1, keepdim=True)
+    ours = balanced_assignment(scores, epsilon=0.05, iterations=3)
+    torch.testing.assert_close(ours.plan.double(), plan, atol=1e-7, rtol=1e-4)
+    assert torch.equal(ours.indices, plan.argmax(1))
+
+
 def test_small_epsilon_gives_the_exact_assignment():
     for seed in range(3):
         scores = similarities(24, 4, seed)
