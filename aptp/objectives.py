@@ -94,3 +94,8 @@ class FinetuningConfig:
         negative = [name for name, value in vars(self).items() if name.endswith("_weight") and value < 0]
         if negative:
             raise ValueError(f"{negative[0]} must not be negative, it is {getattr(self, negative[0])}")
+
+    @classmethod
+    def paper(cls) -> "FinetuningConfig":
+        """The official objective."""
+        return cls(normalise_features=False, null_share=0.0)
