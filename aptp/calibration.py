@@ -33,13 +33,15 @@ def calibrate_budget(
     *,
     tolerance: float = 0.01,
     balance: bool = False,
+    allow_unused: bool = False,
 ) -> Calibration:
     """Moves the thresholds of all gates by one number until the prompts, as finally routed, cost the budget on average.
 
     The shift is added to every width logit of codes and predictor alike, which keeps each site's order of units; depth
     moves only if width alone cannot reach the budget. Routes are computed anew for every shift that is tried. With
     `balance` the router's bias becomes the transport's potentials on these prompts: each code then gets about its equal
-    share at inference as in training. A code that nobody uses is an UnusedCodeError, a budget out of reach ValueError.
+    share at inference as in training. A code that nobody uses is an UnusedCodeError unless allowed, a budget out of
+    reach ValueError.
     """
     if not table.minimum <= budget <= 1:
         raise ValueError(f"budget must lie in {table.minimum:.3f}..1 (what this space can reach), it is {budget}")
@@ -74,5 +76,6 @@ def calibrate_budget(
             f"thresholds reaches (tolerance {tolerance:.0%}): train longer or choose another budget"
         )
     usage = router.route_embeddings(embeddings).usage()
-    require_used(usage)
+    if not allow_unused:
+        require_used(usage)
     return Calibration(before, after, width, depth, tuple(usage.tolist()))

@@ -10,7 +10,7 @@ until `aptp.calibration.calibrate_budget` sets them, one to share prompts out as
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -271,6 +271,14 @@ class Router(nn.Module):
         """The K codes as bits, a function of the logits alone: what is cut, published and counted."""
         bits = self.harden(self.gates(self.codes)).bool().cpu()
         return [ArchitectureCode(self.space, row) for row in bits]
+
+    @torch.no_grad()
+    def keeping(self, codes: Sequence[int]) -> "Router":
+        """This router with only these of its codes, in this order: a prompt of another goes to the nearest of them."""
+        kept = Router(self.space, replace(self.config, num_codes=len(codes)), self.encoder)
+        rows = {"codes": self.codes[list(codes)], "bias": self.bias[list(codes)]}
+        kept.load_state_dict({**self.state_dict(), **rows})
+        return kept.to(self.bias.device).eval()
 
     def save(self, path: Path | str) -> None:
         """A folder: router.safetensors, router.json, and encoder/ when there is one."""

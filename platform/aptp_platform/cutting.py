@@ -8,16 +8,16 @@ import ray
 import torch
 
 from aptp.baselines import block_removal_code, magnitude_code, random_code, uniform_code
-from aptp.codes import ArchitectureCode
+from aptp.codes import ArchitectureCode, PruningSpace
 from aptp.cost import cost_table
 from aptp.expert import BaseModel, save_expert
-from aptp.router import Router
 from aptp.slicing import slice_unet
 from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.data.assign import assigned_router
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.progress import Progress
 from aptp_platform.storage import Store
-from aptp_platform.train.stream import latent_size, parts_by_code
+from aptp_platform.train.stream import latent_size
 
 BASELINES: Final = ("uniform", "magnitude", "random", "block-removal")
 
@@ -29,19 +29,17 @@ def cut(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
         encoded: the folder of encoded training rows, unless it is this run's own.
 
     Raises:
-        ConfigError: a baseline is unknown, or a code has too few prompts.
+        ConfigError: a baseline is unknown.
     """
     root = Store.open(config.root, config.storage)
     encoded = encoded or root.join("encoded", "train")
     if unknown := [name for name in config.cut.baselines if name not in BASELINES]:
         raise ConfigError(f"cut.baselines: {unknown[0]!r}: must be one of {', '.join(BASELINES)}")
-    if root.exists("assigned"):
-        _check_shares(config, root)
-    with tempfile.TemporaryDirectory() as scratch:
-        codes = Router.load(root.join("pruned").fetch("router", scratch)).architecture_codes()
+    router = assigned_router(root)
+    codes = router.architecture_codes()
     wanted = {f"{index:02d}": code for index, code in enumerate(codes)} | dict.fromkeys(config.cut.baselines)
     size = latent_size(encoded)
-    pending = {_cut_one.remote(config, name, code, size): name for name, code in wanted.items()}
+    pending = {_cut_one.remote(config, name, code, router.space, size): name for name, code in wanted.items()}
     ratios: dict[str, float] = {}
     with Progress("cut", len(wanted)) as progress:
         while pending:
@@ -54,12 +52,12 @@ def cut(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
 
 # DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into what the trial itself holds, next to nothing.
 @ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
-def _cut_one(config: RunConfig, name: str, code: ArchitectureCode | None, size: tuple[int, int]) -> float:
+def _cut_one(
+    config: RunConfig, name: str, code: ArchitectureCode | None, space: PruningSpace, size: tuple[int, int]
+) -> float:
     """Cut one network and publish it; without a code it is the baseline of that name."""
     parts = load_pipeline_parts(config.model, config.storage)
     root = Store.open(config.root, config.storage)
-    with tempfile.TemporaryDirectory() as scratch:
-        space = Router.load(root.join("pruned").fetch("router", scratch)).space
     table = cost_table(parts.unet, space, latent_size=size, num_text_tokens=parts.tokenizer.model_max_length)
     if code is None:
         code = _baseline(config, name, parts.unet, table)
@@ -77,15 +75,3 @@ def _baseline(config: RunConfig, name: str, unet: Any, table: Any) -> Architectu
         return random_code(space, table, budget, generator=torch.Generator().manual_seed(config.seed))
     choose = {"uniform": uniform_code, "magnitude": magnitude_code, "block-removal": block_removal_code}[name]
     return choose(unet, space, table, budget)
-
-
-def _check_shares(config: RunConfig, root: Store) -> None:
-    if config.cut.if_fewer != "fail":
-        raise ConfigError(f"cut.if_fewer: {config.cut.if_fewer!r}: only 'fail' can be done so far: set it to fail")
-    counts = [sum(p.rows for p in parts) for parts in parts_by_code(root.join("assigned"), config.router.num_codes)]
-    for code, count in enumerate(counts):
-        if count < config.cut.min_prompts:
-            raise ConfigError(
-                f"cut.min_prompts: {config.cut.min_prompts}: code {code} has captions of only {count} images: lower "
-                "it, lower router.num_codes, or prune longer"
-            )

@@ -4,9 +4,7 @@ Two measures. The paired denoising loss differs between two networks by nothing 
 generated with real images (`aptp.metrics` says why it is not called CMMD). Each network is scored by one Ray task.
 """
 
-import hashlib
 import io
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,30 +21,17 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from aptp.expert import load_expert, read_expert_info
-from aptp.latents import encode_texts
-from aptp.losses import NoiseSchedule
-from aptp.metrics import Lite0, maximum_mean_discrepancy, paired_denoising_loss
-from aptp.router import Router
-from aptp_platform.config import ConfigError, RunConfig
+from aptp.metrics import Lite0, maximum_mean_discrepancy
+from aptp_platform.config import RunConfig
+from aptp_platform.data.assign import assigned_router
 from aptp_platform.data.captions import decode_rows, read_captioned, source_files
-from aptp_platform.data.encoded import choose_caption, read_encoded
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.progress import Progress
 from aptp_platform.report import write_report
+from aptp_platform.scoring import HeldOut, batches_of, read_held_out, row_generator, row_losses
 from aptp_platform.storage import Store
 
 TEACHER = "teacher"
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Captioned images that no stage has trained on, in the order of a hash of their keys."""
-
-    keys: list[str]
-    captions: list[str]
-    kinds: list[str]
-    latents: Float[Tensor, "row channel height width"]
-    embeddings: Float[Tensor, "row dim"]
 
 
 @dataclass(frozen=True)
@@ -71,11 +56,10 @@ class Scores:
 def evaluate(config: RunConfig) -> dict[str, Any]:
     """Score every arm on the held-out rows and publish `evaluated/` (metrics.json, figures, report.html)."""
     root = Store.open(config.root, config.storage)
-    held = _held_out(config, root)
-    with tempfile.TemporaryDirectory() as scratch:
-        router = Router.load(root.fetch("pruned/router", scratch))
-        codes = router.route_embeddings(held.embeddings).indices.tolist()
-        parts = list(_parts(config, root, codes))
+    held = read_held_out(config, root.join("encoded", "heldout"), config.evaluate.images)
+    router = assigned_router(root)
+    codes = router.route_embeddings(held.embeddings).indices.tolist()
+    parts = list(_parts(config, root, codes, router.num_codes))
     scored = _score_all(config, held, parts)
     real = _real_features(config)
     arms: dict[str, Any] = {}
@@ -124,30 +108,13 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _held_out(config: RunConfig, root: Store) -> HeldOut:
-    rows = read_encoded(root.join("encoded", "heldout")).take_all()
-    if not rows:
-        raise ConfigError(
-            f"data.heldout: {config.data.heldout!r}: no encoded row came of it; name shards that training does not see"
-        )
-    rows = sorted(rows, key=lambda row: hashlib.sha256(row["key"].encode()).digest())[: config.evaluate.images]
-    chosen = [choose_caption(row["key"], len(row["captions"]), 0, config.seed) for row in rows]
-    return HeldOut(
-        [row["key"] for row in rows],
-        [row["captions"][index] for row, index in zip(rows, chosen, strict=True)],
-        [json.loads(row["tags"]).get("kind", "all") for row in rows],
-        torch.from_numpy(np.stack([row["latents"] for row in rows])).float(),
-        torch.from_numpy(np.stack([row["embeddings"][i] for row, i in zip(rows, chosen, strict=True)])).float(),
-    )
-
-
-def _parts(config: RunConfig, root: Store, codes: list[int]) -> Iterator[Part]:
+def _parts(config: RunConfig, root: Store, codes: list[int], num_codes: int) -> Iterator[Part]:
     everything = list(range(len(codes)))
     yield Part(TEACHER, None, 1.0, everything)
     for name in config.cut.baselines:
         folder = f"finetuned/{name}"
         yield Part(name, folder, _ratio(root, folder), everything)
-    for code in range(config.router.num_codes):
+    for code in range(num_codes):
         rows = [row for row in everything if codes[row] == code]
         if rows:  # a code may have no held-out prompt
             folder = f"finetuned/{code:02d}"
@@ -192,27 +159,7 @@ def _score(config: RunConfig, held: HeldOut, part: Part) -> Scores:
     pipeline.set_progress_bar_config(disable=True)
     generated = [row for row in part.rows if row < config.evaluate.generated]
     features, thumbnails = _generate(config, pipeline, held, generated)
-    return Scores(_losses(config, pipeline, held, part.rows), features, thumbnails)
-
-
-@torch.no_grad()
-def _losses(
-    config: RunConfig, pipeline: StableDiffusionPipeline, held: HeldOut, rows: list[int]
-) -> Float[np.ndarray, " row"]:
-    """The mean over timesteps of each row's loss; a row's noise depends on its key alone, so arms are paired."""
-    schedule, device = NoiseSchedule(pipeline.scheduler).to(pipeline.device), pipeline.device
-    losses = []
-    for batch in _batches(rows, config.evaluate.batch_size):
-        latents = held.latents[batch].to(device)
-        texts = encode_texts(pipeline.tokenizer, pipeline.text_encoder, [held.captions[row] for row in batch])
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=_generator(held.keys[row])) for row in batch])
-        at = [torch.full((len(batch),), timestep, device=device) for timestep in config.evaluate.timesteps]
-        each = [
-            paired_denoising_loss(pipeline.unet, schedule, latents, texts, noise.to(device), timesteps)
-            for timesteps in at
-        ]
-        losses.append(torch.stack(each).mean(0).cpu())
-    return torch.cat(losses).numpy().astype(np.float64)
+    return Scores(row_losses(config.evaluate, parts, unet, held, part.rows), features, thumbnails)
 
 
 @torch.no_grad()
@@ -222,12 +169,12 @@ def _generate(
     """Features of one image a row, seeded by the row's key, and each image as a small PNG."""
     extractor = Lite0().to(pipeline.device)
     features, thumbnails = [np.zeros((0, extractor.dim), np.float32)], []
-    for batch in _batches(rows, config.evaluate.batch_size):
+    for batch in batches_of(rows, config.evaluate.batch_size):
         images = pipeline(
             [held.captions[row] for row in batch],
             num_inference_steps=config.evaluate.inference_steps,
             guidance_scale=config.evaluate.guidance_scale,
-            generator=[_generator(held.keys[row]) for row in batch],
+            generator=[row_generator(held.keys[row]) for row in batch],
             output_type="pt",
         ).images
         features.append(extractor(images * 2 - 1).cpu().numpy())
@@ -302,12 +249,3 @@ def _interval(values: Float[np.ndarray, " row"]) -> tuple[float, float]:
     means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
-
-
-def _generator(key: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-
-
-def _batches(rows: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

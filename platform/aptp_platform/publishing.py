@@ -14,8 +14,8 @@ from aptp.expert import read_expert_info
 from aptp.prompts import PromptEncoder
 from aptp.publication import write_release
 from aptp.release import ReleaseInfo
-from aptp.router import Router
 from aptp_platform.config import RunConfig, to_tree
+from aptp_platform.data.assign import assigned_router
 from aptp_platform.models import fetch_model, load_pipeline_parts
 from aptp_platform.path import fingerprint, require_stage
 from aptp_platform.storage import Store
@@ -26,7 +26,7 @@ def publish(config: RunConfig) -> dict[str, Any]:
     root = Store.open(config.root, config.storage)
     assigned = require_stage("assign", config)
     with tempfile.TemporaryDirectory() as scratch:
-        router = Router.load(root.fetch("pruned/router", scratch))
+        router = assigned_router(root)
         router.encoder = PromptEncoder.load(fetch_model(config.model.prompt_encoder, config.storage))
         experts = [root.fetch(f"finetuned/{code:02d}", scratch) for code in range(router.num_codes)]
         _write_pipeline(config, Path(scratch) / "pipeline")

@@ -1,10 +1,9 @@
-"""A sweep over (number of codes, budget) by Ray Tune: each trial prunes, cuts and scores in a folder of its own.
+"""A sweep over (number of codes, budget) by Ray Tune: each trial prunes, assigns, cuts and scores in its own folder.
 
 The encoded rows are made once and shared. A trial's score is what its experts lose on held-out prompts, as its own
-router sends them, with noise that depends on the prompt alone: trials differ by nothing else.
+router sends them (`scoring.py`): trials differ by nothing else.
 """
 
-import hashlib
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -13,23 +12,17 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from ray import tune as ray_tune
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from aptp.expert import load_expert
-from aptp.latents import encode_texts
-from aptp.losses import NoiseSchedule
-from aptp.metrics import paired_denoising_loss
-from aptp.router import Router
 from aptp_platform.config import RunConfig, to_tree
 from aptp_platform.cutting import cut
-from aptp_platform.data.encoded import choose_caption
+from aptp_platform.data.assign import assign, assigned_router
 from aptp_platform.models import load_pipeline_parts
+from aptp_platform.scoring import read_held_out, row_losses
 from aptp_platform.storage import Store
-from aptp_platform.train.stream import read_part
 from aptp_platform.train.trainer import check_group, prune
 
 SCORED_ROWS = 128
@@ -59,7 +52,7 @@ def tune(config: RunConfig) -> dict[str, Any]:
     root = Store.open(config.root, config.storage)
     root.join("encoded", "train").require("*.parquet", "root, or run the encode job first")
     root.join("encoded", "heldout").require("*.parquet", "data.heldout, or run the encode job first")
-    check_group(config.prune, "prune")
+    check_group(config.prune, "prune", config.encode)
     pairs = list(product(config.tune.num_codes, config.tune.budgets))
     chosen = np.random.default_rng(config.seed).permutation(len(pairs))[: config.tune.trials]
     trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, config=config), TRIAL_RESOURCES)
@@ -106,62 +99,32 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     if folder.exists("trial.json") and (before := folder.read_json("trial.json"))["config"] == facts["config"]:
         return {"trial": before["trial"]}
     encoded = shared.join("encoded", "train")
-    pruned = prune(own, encoded)
-    cut(own, encoded)
-    loss, full, ratio = ray.get(_score.remote(own, shared, pruned["ratios"]))
-    trial = Trial(
-        num_codes, budget, folder.uri, ratio, loss, loss - full, pruned["usage"], round(time.monotonic() - started, 1)
-    )
+    prune(own, encoded)
+    shares = assign(own, encoded)["shares"]
+    ratios = cut(own, encoded)["MACs ratios"]
+    loss, full, ratio = ray.get(_score.remote(own, shared, ratios))
+    seconds = round(time.monotonic() - started, 1)
+    trial = Trial(num_codes, budget, folder.uri, ratio, loss, loss - full, shares, seconds)
     folder.write_json("trial.json", {**facts, "trial": asdict(trial)})
     return {"trial": asdict(trial)}
 
 
 # DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into what the trial itself holds, next to nothing.
 @ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
-@torch.no_grad()
-def _score(config: RunConfig, shared: Store, ratios: list[float]) -> tuple[float, float, float]:
+def _score(config: RunConfig, shared: Store, ratios: dict[str, float]) -> tuple[float, float, float]:
     """Mean held-out loss of the experts, of the full model on the same rows and noise, and the experts' MACs ratio."""
     parts = load_pipeline_parts(config.model, config.storage)
-    schedule = NoiseSchedule(parts.scheduler)
-    rows = _held_out(shared.join("encoded", "heldout"))
-    chosen = [choose_caption(row["key"], len(row["captions"]), 0, config.seed) for row in rows]
-    embeddings = [np.asarray(row["embeddings"][i], np.float32) for row, i in zip(rows, chosen, strict=True)]
-    captions = [row["captions"][i] for row, i in zip(rows, chosen, strict=True)]
+    held = read_held_out(config, shared.join("encoded", "heldout"), SCORED_ROWS)
     own = Store.open(config.root, config.storage)
-
-    def losses(unet: Any, picked: list[int]) -> Tensor:
-        each = []
-        for timestep in config.evaluate.timesteps:
-            for start in range(0, len(picked), config.evaluate.batch_size):
-                batch = picked[start : start + config.evaluate.batch_size]
-                latents = torch.stack([torch.tensor(np.asarray(rows[i]["latents"], np.float32)) for i in batch])
-                noise = torch.stack([_noise(rows[i]["key"], latents.shape[1:]) for i in batch])
-                texts = encode_texts(parts.tokenizer, parts.text_encoder, [captions[i] for i in batch])
-                timesteps = torch.full((len(batch),), timestep)
-                each.append(paired_denoising_loss(unet, schedule, latents, texts, noise, timesteps))
-        return torch.cat(each)
-
+    names = [f"{code:02d}" for code in assigned_router(own).route_embeddings(held.embeddings).indices.tolist()]
+    ours = []
     with TemporaryDirectory() as scratch:
-        router = Router.load(own.join("pruned").fetch("router", scratch))
-        codes = router.route_embeddings(torch.tensor(np.stack(embeddings))).indices.tolist()
-        ours = []
-        for code in sorted(set(codes)):
-            expert = load_expert(own.join("cut").fetch(f"{code:02d}", scratch)).float()
-            ours.append(losses(expert, [row for row in range(len(rows)) if codes[row] == code]))
-    full = losses(parts.unet, list(range(len(rows))))
-    return float(torch.cat(ours).mean()), float(full.mean()), float(np.mean([ratios[code] for code in codes]))
-
-
-def _held_out(store: Store) -> list[dict[str, Any]]:
-    """At most `SCORED_ROWS` rows, in the order of a hash of their keys."""
-    columns = ["key", "latents", "captions", "embeddings"]
-    rows = [row for name in store.list("*.parquet") for row in read_part(store, name, columns)]
-    return sorted(rows, key=lambda row: hashlib.sha256(row["key"].encode()).digest())[:SCORED_ROWS]
-
-
-def _noise(key: str, shape: torch.Size) -> Tensor:
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for name in sorted(set(names)):
+            expert = load_expert(own.join("cut").fetch(name, scratch)).float()
+            mine = [row for row in range(len(names)) if names[row] == name]
+            ours.append(row_losses(config.evaluate, parts, expert, held, mine))
+    full = row_losses(config.evaluate, parts, parts.unet, held, list(range(len(names))))
+    return float(np.concatenate(ours).mean()), float(full.mean()), float(np.mean([ratios[name] for name in names]))
 
 
 def _print(trials: list[Trial], pareto: list[int]) -> None:

@@ -37,6 +37,16 @@ def test_a_route_does_not_depend_on_batch_order_seed_or_mode(space, features):
     assert torch.allclose(routes.similarities, torch.cat([route.similarities for route in alone]), atol=1e-6)
 
 
+def test_without_some_codes_the_others_are_routed_to_as_before(space):
+    router, z = a_router(space), embeddings()
+    before, kept = router.route_embeddings(z), [3, 1]
+    assert set(before.indices.tolist()) > set(kept), "or the test says nothing"
+    after = router.keeping(kept).route_embeddings(z)
+    torch.testing.assert_close(after.similarities, before.similarities[:, kept], atol=1e-6, rtol=0)
+    routes = zip(before.indices.tolist(), before.margins.tolist(), after.indices.tolist(), strict=True)
+    assert all(kept[new] == old for old, margin, new in routes if old in kept and margin > 1e-5)
+
+
 def test_the_route_is_the_most_similar_code_and_the_margin_is_its_lead(space):
     routes = a_router(space).route_embeddings(embeddings())
     ordered = routes.similarities.sort(dim=1, descending=True)

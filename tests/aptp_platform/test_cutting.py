@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -15,20 +14,16 @@ from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.cutting import cut
-from aptp_platform.data.encoded import write_part
-from aptp_platform.storage import Store
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """A run with a router whose codes lie around the threshold, and rows that all belong to code 0."""
+    """A run with a router whose codes lie around the threshold."""
     config = tiny_run(tmp_path)
     shape = RouterConfig(2, DIM, initial_logit=-3.0)
     Router(read_space(tiny.unet()), shape, generator=torch.Generator().manual_seed(1)).save(
-        Path(config.root) / "pruned" / "router"
+        Path(config.root) / "assigned" / "router"
     )
-    rows = pa.table({"key": ["a", "b"], "codes": [[0, 0], [0, 1]]})
-    write_part(Store.open(config.root).join("assigned"), "part-00000.parquet", rows)
     return config
 
 
@@ -37,7 +32,7 @@ def config(tmp_path: Path) -> RunConfig:
 def test_a_cut_expert_is_the_gated_unet(config: RunConfig) -> None:
     summary = cut(config)
     root, unet = Path(config.root), tiny.unet()
-    router = Router.load(root / "pruned" / "router")
+    router = Router.load(root / "assigned" / "router")
     inputs = tiny.inputs(unet)
     for index, code in enumerate(router.architecture_codes()):
         folder = root / "cut" / f"{index:02d}"
@@ -60,4 +55,3 @@ def test_what_cannot_be_cut(config: RunConfig) -> None:
         return str(error.value)
 
     assert refused(baselines=("unform",)).startswith("cut.baselines: 'unform': must be one of uniform, magnitude")
-    assert refused(min_prompts=2).startswith("cut.min_prompts: 2: code 1 has captions of only 1 images")

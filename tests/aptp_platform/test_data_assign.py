@@ -11,9 +11,9 @@ import torch
 
 from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
-from aptp_platform.config import RunConfig
-from aptp_platform.data.assign import assign
-from aptp_platform.data.encoded import encoded_table, write_part
+from aptp_platform.config import AssignConfig, ConfigError, RunConfig
+from aptp_platform.data.assign import assign, assigned_router
+from aptp_platform.data.encoded import encoded_table, read_encoded, write_part
 from aptp_platform.storage import Store
 
 DIM = 6
@@ -46,12 +46,16 @@ def config(tmp_path, local_ray) -> RunConfig:
     return replace(RunConfig(), root=str(tmp_path))
 
 
+def encoded(config: RunConfig) -> Store:
+    return Store.open(config.root).join("encoded", "train")
+
+
 def test_each_caption_has_the_code_that_the_router_gives_it_alone(config):
     summary = assign(config)
     root = Path(config.root)
     router = Router.load(root / "pruned" / "router")
     files = sorted(path.name for path in (root / "encoded" / "train").iterdir())
-    assert sorted(path.name for path in (root / "assigned").iterdir()) == files
+    assert sorted(path.name for path in (root / "assigned").glob("*.parquet")) == files
     usage, familiarity = torch.zeros(2), []
     for name in files:
         encoded = pq.read_table(root / "encoded" / "train" / name).to_pylist()
@@ -74,8 +78,30 @@ def test_a_code_nobody_uses_is_named(config):
     with torch.no_grad():
         router.bias[1] = -10.0
     router.save(folder)
-    with pytest.raises(ValueError, match=r"no prompt is routed to code 1 of 2"):
+    with pytest.raises(ConfigError, match=r"assign.min_prompts: 1: code 1 has 0 of 13 prompts: lower it, set"):
         assign(config)
+    assert not (Path(config.root) / "assigned").exists()
+
+
+def test_a_code_with_too_few_prompts_is_merged_into_those_nearest_to_each(config, capsys):
+    folder = Path(config.root) / "pruned" / "router"
+    two = Router.load(folder)
+    with torch.no_grad():
+        three = two.keeping([1, 0, 0])  # the last is the middle one's twin, only a little less near
+        three.bias.copy_(torch.tensor([0.0, 0.0, -1e-6]))
+    three.save(folder)
+    before = assign(replace(config, assign=AssignConfig(min_prompts=1, if_fewer="merge")))
+    assert before["kept"] == [0, 1]
+    assert "code 2 has 0 of 13 prompts, assign.min_prompts is 1: codes [2] are merged" in capsys.readouterr().out
+    expected = two.keeping([1, 0])
+    torch.testing.assert_close(assigned_router(Store.open(config.root)).state_dict(), expected.state_dict())
+    embeddings = torch.from_numpy(np.concatenate([row["embeddings"] for row in read_encoded(encoded(config))])).float()
+    assert before["shares"] == pytest.approx(expected.route_embeddings(embeddings).usage().tolist(), abs=1e-5)
+
+    alone = assign(replace(config, assign=AssignConfig(min_prompts=13, if_fewer="merge")))
+    assert (alone["codes"], alone["shares"]) == (1, [1.0])
+    with pytest.raises(ConfigError, match=r"assign.min_prompts: 14: code \d has 13 of 13 prompts"):
+        assign(replace(config, assign=AssignConfig(min_prompts=14, if_fewer="merge")))
 
 
 def test_nothing_to_route_is_named(config):

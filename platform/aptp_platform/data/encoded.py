@@ -2,27 +2,31 @@
 
     position int64, key str, latents half (4, h, w), captions list of str, embeddings half (captions, dim), tags json
 
+Rows may come without latents, which are then made from their images when they are used; the file says their shape.
 Tensors are Arrow's and Ray Data's extension types, whose metadata is JSON: reading unpickles nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray.data
 from jaxtyping import Float16
+from ray.data.block import BlockAccessor
 from ray.data.extensions import ArrowVariableShapedTensorArray
 
 from aptp_platform.storage import Store
 
 READER_CPUS = 0.1
 READERS = 4
+_SHAPE = b"latent_shape"
 GROUP_ROWS = 256  # rows of a row group: what a reader holds
 FAULTS = pa.schema({"key": pa.string(), "cause": pa.string(), "detail": pa.string()})
 WRITTEN = pa.schema(
@@ -69,8 +73,12 @@ def write_part(store: Store, name: str, table: pa.Table) -> None:
         pq.write_table(table, stream, row_group_size=GROUP_ROWS, compression="zstd", use_dictionary=False)
 
 
-def write_rows(store: Store, table: pa.Table) -> pa.Table:
-    """Good rows to a file of their split, named by its first row's position; returns what was written and was bad."""
+def write_rows(store: Store, without_latents: Sequence[str], table: pa.Table) -> pa.Table:
+    """Good rows to a file of their split, named by its first row's position; returns what was written and was bad.
+
+    Args:
+        without_latents: splits whose latents are not stored.
+    """
     written = []
     for split in pc.unique(table["split"]).to_pylist():
         rows = table.filter(pc.equal(table["split"], split))
@@ -78,6 +86,9 @@ def write_rows(store: Store, table: pa.Table) -> pa.Table:
         bad = rows.filter(pc.not_equal(rows["fault"], "")).select(["key", "fault", "detail"])
         if len(good):
             place, row = divmod(good["position"][0].as_py(), 1 << 32)
+            if split in without_latents:
+                shape = json.dumps(good.schema.field("latents").type.shape).encode()
+                good = good.drop_columns(["latents"]).replace_schema_metadata({_SHAPE: shape})
             write_part(store, f"{split}/part-{place:06d}-{row:09d}.parquet", good)
         place = rows["position"][len(rows) - 1].as_py() >> 32
         faults = bad.rename_columns(FAULTS.names).to_pylist()
@@ -85,24 +96,29 @@ def write_rows(store: Store, table: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(written, WRITTEN)
 
 
-def read_encoded(store: Store, columns: Sequence[str] | None = None) -> ray.data.Dataset:
-    """The rows of every `*.parquet` here, streamed; tensors are numpy arrays in rows and in numpy batches.
+def latent_shape(store: Store, part: str) -> tuple[int, ...]:
+    """Channels, height and width of the latents of a file's rows, whether they are in it or not."""
+    with store.open_file(part) as stream:
+        schema = pq.read_schema(stream)
+    if "latents" in schema.names:
+        return tuple(schema.field("latents").type.shape)
+    return tuple(json.loads(schema.metadata[_SHAPE]))
+
+
+def read_encoded(store: Store, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of every file here, in the files' order: for what is small, such as held-out rows.
 
     Raises:
         ValueError: there is no such file.
     """
     names = store.require("*.parquet", "root, or run the encode job first")
-    items = [{"name": name} for name in names]
-    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        partial(_read_parts, store, list(columns) if columns else None),
-        batch_size=1,
-        compute=ray.data.TaskPoolStrategy(size=min(READERS, len(names))),
-        num_cpus=READER_CPUS,
-    )
+    with ThreadPoolExecutor(READERS) as threads:
+        return [row for rows in threads.map(lambda name: read_part(store, name, columns), names) for row in rows]
 
 
-def _read_parts(store: Store, columns: list[str] | None, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-    for name in batch["name"]:
-        with store.open_file(str(name)) as stream:
-            for group in pq.ParquetFile(stream).iter_batches(GROUP_ROWS, columns=columns):
-                yield pa.Table.from_batches([group])
+def read_part(store: Store, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of one file as dictionaries; tensors are numpy arrays."""
+    with store.open_file(name) as stream:
+        table = pq.read_table(stream, columns=list(columns) if columns else None)
+    rows: list[Any] = list(BlockAccessor.for_block(table).iter_rows(public_row_format=True))
+    return rows
