@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fault_proxy import fault_proxy
 from local_ray import local_ray
 from s3_server import s3_server
 
-__all__ = ["local_ray", "s3_server"]
+__all__ = ["fault_proxy", "local_ray", "s3_server"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from aptp_platform.config import RunConfig, load_config
-from aptp_platform.path import run_stage
+from aptp_platform.path import reach_places, run_stage
 
 
 def run_job(stage: str, description: str | None, argv: Sequence[str] | None = None) -> None:
@@ -28,10 +28,11 @@ def run_function(
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.set)
+        reach_places(config)
         # Outside a submitted job there is no address: a cluster of this process's own, never a stranger's.
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, logging_level=logging.WARNING)
         function(config)
-    except ValueError as error:
+    except (ValueError, ray.exceptions.OutOfDiskError) as error:
         print(f"error: {cause_of(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -40,4 +41,9 @@ def cause_of(error: BaseException) -> str:
     """The first message behind Ray's wrapping, as one line."""
     while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
+    if isinstance(error, ray.exceptions.OutOfDiskError):
+        return (
+            "ray: the object store of a node is full, and so is the disk that it spills to: make room there, start Ray "
+            "with --object-spilling-directory on a larger disk, or lower encode.batch_size and encode.readers"
+        )
     return " ".join(str(error).split())

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aptp_platform.config import ConfigError, RunConfig, to_tree
-from aptp_platform.storage import Store
+from aptp_platform.config import ConfigError, RunConfig, places, to_tree
+from aptp_platform.lease import Lease
+from aptp_platform.storage import Store, StoreError
 
 Summary = dict[str, Any]
 MODEL_FILES = ("**/*.json", "**/*.safetensors", "**/*.txt")  # not the card or its pictures
@@ -37,8 +38,8 @@ STAGES = {
     for stage in (
         Stage("encode", "encoded", ("data", "model", "encode"), (), "data.encode:encode", ("data", "model")),
         Stage("prune", "pruned", ("seed", "router", "pruning", "prune"), ("encode",), "train.trainer:prune"),
-        Stage("assign", "assigned", (), ("encode", "prune"), "data.assign:assign"),
-        Stage("cut", "cut", ("cut",), ("prune", "assign"), "cutting:cut"),
+        Stage("assign", "assigned", ("assign",), ("encode", "prune"), "data.assign:assign"),
+        Stage("cut", "cut", ("cut",), ("assign",), "cutting:cut"),
         Stage("finetune", "finetuned", ("finetuning", "finetune"), ("encode", "cut"), "train.trainer:finetune"),
         Stage("evaluate", "evaluated", ("evaluate",), ("encode", "finetune"), "evaluation:evaluate"),
         Stage("publish", "release", (), ("finetune", "evaluate"), "publishing:publish"),
@@ -51,25 +52,27 @@ def run_stage(name: str, config: RunConfig, say: Callable[[str], None] = print) 
 
     Raises:
         ConfigError: a stage before it has not been run, or was run for another config.
+        LeaseError: another process works on this run.
     """
     stage, root = STAGES[name], Store.open(config.root, config.storage)
     for earlier in stage.after:
         require_stage(earlier, config)
     expected = fingerprint(name, config)
-    where = root.join(stage.folder).uri
-    record = _read(root, name)
-    if record is not None and record["fingerprint"] != expected:
-        root.remove(stage.folder)
-        record = None
-    if record is not None and "summary" in record:
-        say(f"[{name}] reused: {where} was made from the same config and inputs")
-        return record["summary"]
-    root.write_json(_record(name), {"fingerprint": expected})
-    started = time.monotonic()
-    module, function = stage.entry.split(":")
-    summary = getattr(importlib.import_module(f"aptp_platform.{module}"), function)(config)
-    seconds = round(time.monotonic() - started, 1)
-    root.write_json(_record(name), {"fingerprint": expected, "seconds": seconds, "summary": summary})
+    with Lease(root, "run") as lease:
+        record = _read(root, name)
+        if record is not None and record["fingerprint"] != expected:
+            root.remove(stage.folder)
+            record = None
+        if record is not None and "summary" in record:
+            say(f"[{name}] reused: {root.join(stage.folder).uri} was made from the same config and inputs")
+            return record["summary"]
+        root.write_json(_record(name), {"fingerprint": expected})
+        started = time.monotonic()
+        module, function = stage.entry.split(":")
+        summary = getattr(importlib.import_module(f"aptp_platform.{module}"), function)(config)
+        lease.require()
+        seconds = round(time.monotonic() - started, 1)
+        root.write_json(_record(name), {"fingerprint": expected, "seconds": seconds, "summary": summary})
     say(f"[{name}] done in {seconds:.0f} s: {_brief(summary)}")
     return summary
 
@@ -86,6 +89,19 @@ def require_stage(name: str, config: RunConfig) -> Summary:
             "again, or give this run a root of its own"
         )
     return record["summary"]
+
+
+def reach_places(config: RunConfig) -> None:
+    """Ask every bucket that a run needs for an answer, before anything else is waited for or paid for.
+
+    Raises:
+        ConfigError: one does not answer, or refuses; the field that names it is in the line.
+    """
+    for field, place in places(config).items():
+        try:
+            Store.open(place, config.storage).reach()
+        except StoreError as error:
+            raise ConfigError(f"{field}: {error}") from None
 
 
 def forget(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ no config, no URI, no pickled `Store` and no error. The module is light: a task 
 from __future__ import annotations
 
 import builtins
+import errno
 import fnmatch
 import hashlib
 import io
@@ -17,7 +18,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -29,9 +30,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 MARKERS = ("stage.json", "release.json")
 _SCHEMES = ("s3", "gs")
 _CONNECT_SECONDS = 5
-_READ_SECONDS = 15
 _BUFFER = 1 << 20
-_ATTEMPTS = 4  # with growing pauses, in all a few seconds: enough for a hiccup, short enough for a typing error
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class StorageConfig:
     region: str | None = None
     profile: str | None = None
     anonymous: bool = False
+    timeout_s: float = 15.0  # without a byte of an answer, a request has failed
+    attempts: int = 10  # at a request, with pauses that grow to 20 s: a bucket may be away for a minute or two
 
 
 class StoreError(ValueError):
@@ -87,6 +88,19 @@ class Store:
     def join(self, *parts: str) -> Store:
         """A folder in this one."""
         return Store("/".join([self.uri.rstrip("/"), *(part.strip("/") for part in parts if part)]), self.config)
+
+    def reach(self) -> None:
+        """Ask the bucket for this folder, with no patience for one that does not answer.
+
+        Raises:
+            StoreError: it is not reachable, or refuses to list.
+        """
+        Store(self.uri, replace(self.config, attempts=1)).exists()
+
+    def make(self) -> None:
+        """Make the bucket, or the local folder, if it is missing."""
+        with self._one_line(""):
+            self._fs.makedirs(self._path(""), exist_ok=True)
 
     def exists(self, name: str = "") -> bool:
         """Whether the file or folder is there; a bucket that is missing holds nothing."""
@@ -266,7 +280,7 @@ class Store:
             try:
                 return fsspec.filesystem("gs", token="anon" if config.anonymous else None, use_listings_cache=False)
             except ImportError:
-                raise StoreError(f"{self.uri}: gs:// needs the package gcsfs: pip install gcsfs") from None
+                raise StoreError(f"{self.uri}: gs:// needs the package gcsfs: pip install 'aptp[gcs]'") from None
         with self._one_line(""):
             return fsspec.filesystem(
                 "s3",
@@ -276,8 +290,8 @@ class Store:
                 client_kwargs={"region_name": config.region} if config.region else {},
                 config_kwargs={
                     "connect_timeout": _CONNECT_SECONDS,
-                    "read_timeout": _READ_SECONDS,
-                    "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS},
+                    "read_timeout": config.timeout_s,
+                    "retries": {"mode": "standard", "total_max_attempts": config.attempts},
                 },
                 use_listings_cache=False,
             )
@@ -314,7 +328,9 @@ class Store:
         except FileNotFoundError:
             raise StoreError(f"{shown}: does not exist; check the name, and storage.endpoint for a bucket") from None
         except PermissionError as error:
-            fix = "check its permissions" if self.is_local else "check the credentials and the bucket's policy"
+            fix = "check its permissions"
+            if not self.is_local:
+                fix = "check the credentials, and that the bucket's policy lets them list, read and write"
             raise StoreError(f"{shown}: access denied ({_reason(error)}): {fix}") from None
         except (NoCredentialsError, PartialCredentialsError):
             raise StoreError(
@@ -325,11 +341,12 @@ class Store:
             raise StoreError(
                 f"storage.profile: {self.config.profile!r}: no such profile; name one that exists"
             ) from None
-        except (BotoCoreError, ClientError, TimeoutError, ConnectionError, ValueError) as error:
+        except (BotoCoreError, ClientError, OSError, ValueError) as error:
+            if self.is_local or getattr(error, "errno", None) == errno.ENOSPC:
+                fix = ": make room, or name another place" if getattr(error, "errno", None) == errno.ENOSPC else ""
+                raise StoreError(f"{shown}: {_reason(error)}{fix}") from None
             at = f" at storage.endpoint {self.config.endpoint}" if self.config.endpoint else ""
             raise StoreError(f"{shown}: not reachable{at} ({_reason(error)}): check the endpoint and region") from None
-        except OSError as error:
-            raise StoreError(f"{shown}: {_reason(error)}") from None
 
 
 class _Guarded(io.RawIOBase):

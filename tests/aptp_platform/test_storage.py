@@ -1,6 +1,8 @@
 """One store, the same laws on a disk and in a bucket; and one line for everything that cannot be used."""
 
+import importlib.util
 import pickle
+import threading
 import time
 
 import pytest
@@ -136,7 +138,7 @@ def test_an_endpoint_where_nobody_listens_fails_soon():
     store = Store.open("s3://bucket/a", StorageConfig(endpoint="http://127.0.0.1:9"))
     start = time.monotonic()
     with pytest.raises(StoreError, match=r"s3://bucket/a: not reachable at storage.endpoint http://127.0.0.1:9 \("):
-        store.require("*", "data.source")
+        store.reach()
     assert time.monotonic() - start < 30
 
 
@@ -150,6 +152,45 @@ def test_refused_credentials_are_named_and_not_shown(s3_server, monkeypatch):
         s3_server.demand_credentials(False)
     assert "testing" not in str(caught.value)
     store.join("now").write_json("a", 1)
+
+
+def test_credentials_that_may_not_list(s3_server, monkeypatch):
+    store = Store.open(s3_server.bucket("unlisted"), StorageConfig(endpoint=s3_server.endpoint, region="us-east-2"))
+    identity, secret = s3_server.user("reader", {"Effect": "Allow", "Action": "s3:GetObject", "Resource": "*"})
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", identity)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    s3_server.demand_credentials(True)
+    try:
+        with pytest.raises(
+            StoreError, match=r"s3://unlisted/a: access denied .* the bucket's policy lets them list"
+        ) as caught:
+            store.join("a").reach()
+    finally:
+        s3_server.demand_credentials(False)
+    assert secret not in str(caught.value)
+
+
+def test_a_bucket_that_fails_for_a_while_is_asked_again(fault_proxy):
+    server = StorageConfig(endpoint=fault_proxy.endpoint, timeout_s=0.5)
+    store = Store.open(f"{S3Server(fault_proxy.endpoint).bucket('faults')}/a", server)
+    for fault in ("503", "reset", "stall"):
+        fault_proxy.fault = fault
+        healing = threading.Timer(1.0, setattr, (fault_proxy, "fault", None))
+        healing.start()
+        write(store, fault, fault)
+        assert fault_proxy.hits[fault] > 0
+        healing.join()
+    assert store.list() == ["503", "reset", "stall"]
+    fault_proxy.fault = "503"
+    with pytest.raises(StoreError, match=r"not reachable at storage\.endpoint"):
+        store.reach()
+
+
+def test_google_s_buckets_need_an_extra():
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(StoreError, match=r"^gs://bucket/a: gs:// needs the package gcsfs: pip install 'aptp\[gcs\]'$"):
+        Store.open("gs://bucket/a").reach()
 
 
 def test_no_credentials_at_all(s3_server, monkeypatch):
