@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import struct
 from pathlib import Path
 
 import httpx
@@ -10,11 +11,12 @@ import pytest
 from captioned import IMAGE_SIZE, write_shards
 from PIL import Image
 from s3_server import S3Server
+from tensorboardX.proto.event_pb2 import Event
 from tiny_pipeline import build_pipeline
 
 from aptp.release import read_release
 from aptp_platform.cluster import free_ports
-from aptp_platform.config import ConfigError, RunConfig, parse_config, to_tree
+from aptp_platform.config import ConfigError, RunConfig, load_config, parse_config, to_tree
 from aptp_platform.path import STAGES, require_stage, run_stage
 from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
@@ -40,6 +42,7 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Run
             "encode": {"batch_size": 16},
             "pruning": {"warmup_steps": 1},
             "prune": TRAINING,
+            "samples": {"prompts": ["a cat", "a red car"], "inference_steps": 2},
             "finetune": TRAINING,
             "evaluate": {"images": 16, "generated": 4, "inference_steps": 2, "timesteps": [500], "batch_size": 8},
         }
@@ -58,6 +61,7 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
     release = read_release(Path(config.root) / "release")
     assert release.num_codes == 2
     assert release.ratio == pytest.approx(config.router.budget, abs=0.02)
+    check_events(Path(config.root))
     metrics = json.loads((release.path / "report" / "metrics.json").read_text())
     assert set(metrics["arms"]) == {"teacher", "uniform", "experts"}
     assert metrics["arms"]["teacher"]["macs_ratio"] == 1
@@ -81,6 +85,29 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
     image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
     assert image.format == "PNG"
     assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def check_events(root: Path) -> None:
+    """TensorBoard's files hold what a person looks for, and the config as it was resolved lies beside them."""
+    for folder, pictures in (("pruned", {"samples", "usage (code by step)"}), ("finetuned/00", {"samples"})):
+        log = root / folder.split("/")[0] / "tensorboard" / folder.partition("/")[2]
+        (file,) = log.glob("from-00000000/events*")
+        seen = {value.tag: value for event in read_events(file) for value in event.summary.value}
+        assert {tag for tag, value in seen.items() if value.HasField("image")} == pictures
+        assert {"total", "images/s", "denoising"} <= seen.keys()
+        grid = Image.open(io.BytesIO(seen["samples"].image.encoded_image_string))
+        assert grid.size == (2 * IMAGE_SIZE, 2 * IMAGE_SIZE), "two prompts; the full model above, the pruned one below"
+        assert load_config(log / "config.yaml").root == str(root)
+
+
+def read_events(file: Path) -> list[Event]:
+    """The records of an event file: length, checksum, bytes, checksum."""
+    data, place, events = file.read_bytes(), 0, []
+    while place < len(data):
+        (length,) = struct.unpack_from("<Q", data, place)
+        events.append(Event.FromString(data[place + 12 : place + 12 + length]))
+        place += length + 16
+    return events
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -3,12 +3,17 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
+import ray.train
 import torch
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from torch import Tensor, nn
 
 from aptp.latents import Batch
@@ -52,11 +57,16 @@ class ToyModule(nn.Module):
 
 @dataclass(frozen=True)
 class ToyStage:
-    """Its rank 0 writes every total loss to `folder/losses-<steps>.jsonl`; `kill_at` ends the worker there, once."""
+    """Every rank writes its losses to `folder/losses-<rank>-<process>.jsonl`, and the last one causes `faults`.
+
+    faults: (number of a batch, what happens before it, once): "worker" and "node" are killed, a node gets a "notice"
+        that it will go. pause: seconds before each batch.
+    """
 
     folder: Path
     training: TrainingConfig
-    kill_at: int | None = None
+    faults: tuple[tuple[int, str], ...] = ()
+    pause: float = 0.0
     note: str = ""
     name: str = "toy"
     seed: int = 3
@@ -65,28 +75,55 @@ class ToyStage:
     def log(self) -> Store:
         return Store.open(self.folder / "tensorboard")
 
+    @property
+    def resolved(self) -> str:
+        return f"note: {self.note}"
+
     def depends_on(self) -> Mapping[str, Any]:
         return {"note": self.note}
 
     def build(self, device: torch.device) -> Work:
         module = ToyModule()
-        module.register_forward_hook(self._record)
+        rank = ray.train.get_context().get_world_rank()
+        module.register_forward_hook(partial(self._record, rank))
         return Work(module, self._batches, lambda terms: {}, self._finish)
 
     def _batches(self, start: int, rank: int, ranks: int) -> Iterator[Batch]:
         for number in range(start, 1000):
-            if number == self.kill_at and not (self.folder / "killed").exists():
-                (self.folder / "killed").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(self.pause)
+            for at, fault in self.faults:
+                done = self.folder / f"fault-{at}"
+                if number == at and rank == ranks - 1 and not done.exists():
+                    done.write_text(fault)
+                    _cause(fault)
             rows = torch.randn(4 * ranks, 5, generator=torch.Generator().manual_seed(number))[rank::ranks]
             yield Batch(rows[:, :4].reshape(4, 1, 2, 2), rows[:, None], rows)
 
-    def _record(self, module: nn.Module, arguments: Any, terms: LossTerms) -> None:
-        with (self.folder / f"losses-{os.getpid()}.jsonl").open("a") as log:
+    def _record(self, rank: int, module: nn.Module, arguments: Any, terms: LossTerms) -> None:
+        with (self.folder / f"losses-{rank}-{os.getpid()}.jsonl").open("a") as log:
             log.write(json.dumps({name: float(term.detach()) for name, term in terms.terms.items()}) + "\n")
 
     def _finish(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: value.tolist() for name, value in values.items()}
+
+
+def _cause(fault: str) -> None:
+    context = ray.get_runtime_context()
+    if fault == "notice":
+        reason, deadline = 2, int(1000 * (time.time() + 300))  # preemption
+        accepted, why = GcsClient(address=context.gcs_address).drain_node(
+            context.get_node_id(), reason, "test", deadline
+        )
+        assert accepted, why
+    else:
+        os.kill(os.getppid() if fault == "node" else os.getpid(), signal.SIGKILL)  # a worker's parent is its raylet
+        time.sleep(60)
+
+
+def losses_of(folder: Path, rank: int = 0) -> list[list[dict[str, float]]]:
+    """The losses of each process that was that rank, in the order of their start."""
+    logs = sorted(folder.glob(f"losses-{rank}-*.jsonl"), key=lambda log: log.stat().st_mtime)
+    return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
 
 
 def toy(folder: Path, *, steps: int, every: int = 100, workers: int = 1, zero_stage: Any = 1, **more: Any) -> ToyStage:

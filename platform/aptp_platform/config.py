@@ -22,6 +22,9 @@ from aptp.objectives import FinetuningConfig, PruningConfig
 from aptp_platform.storage import StorageConfig as StorageConfig
 from aptp_platform.storage import Store
 
+# Fields of a library's config that another section says: named in the error, left out of the printed tree.
+SAID_ELSEWHERE = {"pruning.budget": "router.budget"}
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: one line that names the field, the value, the rule and the fix."""
@@ -59,6 +62,8 @@ class EncodeConfig:
     cpus_per_actor: float = 0.5
     gpus_per_actor: float = 0.0
     rows_per_file: int = 2048
+    files_per_wave: int = 256  # source files: an interrupted job goes on behind the last wave that was finished
+    cache_latents: bool = True  # false: no latents are stored, each training worker has such actors in front of it
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class EngineConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_accumulation: int = 1
     gradient_clipping: float = 1.0
+    activation_checkpointing: bool = False  # compute the gated or cut UNet's activations twice, to hold fewer of them
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class TrainingConfig:
 
     steps: int = 5000
     batch_size: int = 64  # a worker's
+    window_rows: int = 8192  # that are shuffled together: a reading task holds them in memory
+    prefetch_bytes: int = 256_000_000  # of rows on their way to a worker, in the object store
     learning_rate: float = 2e-4
     warmup_steps: int = 100
     weight_decay: float = 0.0
@@ -86,7 +94,17 @@ class TrainingConfig:
     gpus_per_worker: float = 0.0
     max_failures: int = 2
     checkpoint_every: int = 500
+    checkpoints_kept: int = 2  # those with the lowest loss; the newest is kept beside them
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Pictures that a training run draws at each checkpoint, for TensorBoard."""
+
+    prompts: tuple[str, ...] = ()  # none: no pictures
+    inference_steps: int = 20
+    guidance_scale: float = 7.5
 
 
 @dataclass(frozen=True)
@@ -98,11 +116,17 @@ class RouterShape:
 
 
 @dataclass(frozen=True)
+class AssignConfig:
+    """From prompts to codes."""
+
+    min_prompts: int = 1  # a code with fewer training prompts fails the job, or its prompts go to the nearest codes
+    if_fewer: Literal["fail", "merge"] = "fail"
+
+
+@dataclass(frozen=True)
 class CutConfig:
     """From codes to experts."""
 
-    min_prompts: int = 1  # a code with fewer training prompts is handled so:
-    if_fewer: Literal["fail", "merge"] = "fail"
     baselines: tuple[str, ...] = ("uniform",)  # cut at the experts' budget and fine-tuned on all prompts beside them
 
 
@@ -143,6 +167,8 @@ class RunConfig:
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     prune: TrainingConfig = field(default_factory=TrainingConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    assign: AssignConfig = field(default_factory=AssignConfig)
     cut: CutConfig = field(default_factory=CutConfig)
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
     finetune: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=30_000, learning_rate=1e-5))
@@ -212,7 +238,19 @@ def dump_config(config: RunConfig) -> str:
 
 def to_tree(config: Any) -> Any:
     """A config or one section of it as plain data."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    tree = pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    for field_name in SAID_ELSEWHERE if isinstance(config, RunConfig) else ():
+        section, _, name = field_name.partition(".")
+        del tree[section][name]
+    return tree
+
+
+def places(config: RunConfig) -> dict[str, str]:
+    """The folders and buckets that a run works with, by the field that names them."""
+    model = config.model
+    named = {"root": config.root, "data.source": config.data.source, "model.pipeline": model.pipeline}
+    named |= {"model.text_encoder": model.text_encoder or "", "model.prompt_encoder": model.prompt_encoder}
+    return {field: place for field, place in named.items() if place and not place.startswith("package:")}
 
 
 def _check(config: RunConfig) -> None:
@@ -221,14 +259,13 @@ def _check(config: RunConfig) -> None:
     endpoint = config.storage.endpoint
     if endpoint is not None and ("@" in endpoint or not endpoint.startswith(("http://", "https://"))):
         raise ConfigError("storage.endpoint: must be http://host:port or https://host, with no user or password in it")
-    places = {"root": config.root, "data.source": data.source, "model.pipeline": model.pipeline}
-    places |= {"model.text_encoder": model.text_encoder or "", "model.prompt_encoder": model.prompt_encoder}
-    for where, place in places.items():
+    for where, place in places(config).items():
         try:
-            if not place.startswith("package:"):
-                Store.open(place)
+            Store.open(place)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
+    _rule(config.storage.attempts >= 1, "storage.attempts", config.storage.attempts, "at least 1")
+    _rule(config.storage.timeout_s > 0, "storage.timeout_s", config.storage.timeout_s, "above 0")
     _rule(shape.num_codes >= 1, "router.num_codes", shape.num_codes, "at least 1")
     _rule(0 < shape.budget <= 1, "router.budget", shape.budget, "a share of the full model's MACs in (0, 1]")
     _rule(bool(data.source), "data.source", data.source, "a folder of shards: a path, file:// or s3:// URI")
@@ -236,16 +273,20 @@ def _check(config: RunConfig) -> None:
     _rule(0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share in [0, 1]")
     _rule(data.image_size > 0 == data.image_size % 8, "data.image_size", data.image_size, "a multiple of 8")
     _rule(data.max_captions is None or data.max_captions >= 1, "data.max_captions", data.max_captions, "at least 1")
-    for rule in ("batch_size", "readers", "actors", "rows_per_file"):
+    for rule in ("batch_size", "readers", "actors", "rows_per_file", "files_per_wave"):
         _rule(getattr(config.encode, rule) >= 1, f"encode.{rule}", getattr(config.encode, rule), "at least 1")
+    least = config.assign.min_prompts
+    _rule(least >= 1, "assign.min_prompts", least, "at least 1: an expert needs something to learn from")
     _rule(config.encode.cpus_per_actor > 0, "encode.cpus_per_actor", config.encode.cpus_per_actor, "above 0")
     _rule(
         config.evaluate.cpus_per_network > 0, "evaluate.cpus_per_network", config.evaluate.cpus_per_network, "above 0"
     )
     for name in ("prune", "finetune"):
         stage: TrainingConfig = getattr(config, name)
-        for rule in ("steps", "batch_size", "workers", "checkpoint_every"):
+        for rule in ("steps", "batch_size", "workers", "window_rows", "checkpoint_every", "checkpoints_kept"):
             _rule(getattr(stage, rule) >= 1, f"{name}.{rule}", getattr(stage, rule), "at least 1")
+        least = 64_000_000  # a few blocks
+        _rule(stage.prefetch_bytes >= least, f"{name}.prefetch_bytes", stage.prefetch_bytes, f"at least {least}")
         _rule(stage.learning_rate > 0, f"{name}.learning_rate", stage.learning_rate, "above 0")
 
 
@@ -258,9 +299,11 @@ def _refuse_unknown(cls: type, tree: Any, where: str) -> None:
     if not isinstance(tree, dict):
         return  # pydantic names the wrong type
     hints = typing.get_type_hints(cls)
-    fields = [each.name for each in dataclasses.fields(cls)]
+    fields = [each.name for each in dataclasses.fields(cls) if f"{where}{each.name}" not in SAID_ELSEWHERE]
     for key, value in tree.items():
         dotted = f"{where}{key}"
+        if dotted in SAID_ELSEWHERE:
+            raise ConfigError(f"{dotted}: unknown key; it is said by {SAID_ELSEWHERE[dotted]}")
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
             raise ConfigError(f"{dotted}: unknown key; did you mean {where}{near[0]}? Known: {', '.join(fields)}")

@@ -74,6 +74,8 @@ def test_the_example_is_legal_and_overrides_change_one_value(tmp_path):
             "finetune.engine.zero: unknown key; did you mean",
         ),
         ({**MINIMAL, "purne": {}}, "purne: unknown key; did you mean prune?"),
+        (merged(pruning={"budget": 0.7}), "pruning.budget: unknown key; it is said by router.budget"),
+        (merged(assign={"min_prompts": 0}), "assign.min_prompts: 0: must be at least 1"),
         (merged(prune={"steps": "many"}), "prune.steps: 'many': Input should be a valid integer"),
         (merged(prune={"engine": {"zero_stage": 4}}), "prune.engine.zero_stage: 4: Input should be 0, 1, 2 or 3"),
         (merged(prune={"steps": 0}), "prune.steps: 0: must be at least 1"),
@@ -126,4 +128,6 @@ def test_files_and_overrides_that_cannot_be_read(tmp_path, text, overrides, mess
 
 
 def test_the_dump_is_plain_yaml():
-    assert yaml.safe_load(dump_config(parse_config(MINIMAL)))["evaluate"]["timesteps"] == [100, 400, 700]
+    tree = yaml.safe_load(dump_config(parse_config(MINIMAL)))
+    assert tree["evaluate"]["timesteps"] == [100, 400, 700]
+    assert "budget" not in tree["pruning"], "router.budget says it"

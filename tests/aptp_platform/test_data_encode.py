@@ -1,9 +1,14 @@
 """Encoding is a function of the row alone, publishes all or nothing, and accounts for every bad row."""
 
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,13 +17,15 @@ from tiny_pipeline import build_pipeline
 
 from aptp.latents import encode_images
 from aptp.prompts import PromptEncoder
-from aptp_platform.config import DataConfig, EncodeConfig, ModelConfig, RunConfig
-from aptp_platform.data import encode as encoding
+from aptp_platform.config import ConfigError, DataConfig, EncodeConfig, ModelConfig, RunConfig
+from aptp_platform.data.captions import source_files
 from aptp_platform.data.encode import encode
-from aptp_platform.data.encoded import read_encoded
+from aptp_platform.data.encoded import read_encoded, write_part
 from aptp_platform.data.shards import decode_image
 from aptp_platform.models import load_vae
 from aptp_platform.storage import StorageConfig, Store
+from aptp_platform.train.source import Source
+from aptp_platform.train.stream import Stream, latent_size, parts_of
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -50,7 +57,7 @@ def summary(config) -> dict[str, Any]:
 
 def rows_of(config: RunConfig, split: str = "train") -> list[dict[str, Any]]:
     store = Store.open(config.root, config.storage).join("encoded", split)
-    return sorted(read_encoded(store).take_all(), key=lambda row: row["position"])
+    return sorted(read_encoded(store), key=lambda row: row["position"])
 
 
 IN_ORDER = [*range(0, 30, 3), *range(1, 30, 3), *range(2, 30, 3)]
@@ -73,9 +80,40 @@ def test_rows_are_what_the_models_say_of_each_alone(config, summary):
         assert row["latents"].dtype == row["embeddings"].dtype == np.float16
 
 
-def test_a_bucket_interrupted_in_other_waves_batches_and_actors_gives_the_same_rows(
-    config, summary, s3_server, monkeypatch
-):
+def test_without_a_cache_the_stream_encodes_the_same_rows_in_the_same_order(config, summary, tmp_path):
+    live = replace(config, root=str(tmp_path / "live"), encode=replace(config.encode, cache_latents=False))
+    assert encode(live) == summary
+    cached, bare = (Store.open(each.root).join("encoded", "train") for each in (config, live))
+    assert "latents" not in read_encoded(bare)[0]
+    assert "latents" in rows_of(live, "heldout")[0]
+    assert latent_size(bare) == latent_size(cached)
+
+    names = tuple(file.name for file in source_files(live.data, live.storage) if file.split == "train")
+    source = Source(live.data, live.storage, live.model, live.encode, names)
+    ((ours,), (theirs,)) = (
+        Stream(store, parts_of(store), 3, window_rows=64, source=used).batches(30, 1, 2, 0, 1)
+        for store, used in ((bare, source), (cached, None))
+    )
+    assert ours["captions"].tolist() == theirs["captions"].tolist()
+    np.testing.assert_allclose(ours["latents"], theirs["latents"], rtol=2e-3, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"data.source: train-02.tar.gz: its row 77 is not what it was"):
+        source.images([2 << 32, (2 << 32) + 77])
+
+
+def interrupt_once_there(store: Store, name: str) -> threading.Thread:
+    """^C, as soon as that file is there."""
+
+    def watch() -> None:
+        while not store.exists(name):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_bucket_interrupted_in_other_waves_batches_and_actors_gives_the_same_rows(config, summary, s3_server):
     storage = StorageConfig(endpoint=s3_server.endpoint)
     uri = s3_server.bucket("encode")
     bucket = Store.open(uri, storage)
@@ -87,25 +125,24 @@ def test_a_bucket_interrupted_in_other_waves_batches_and_actors_gives_the_same_r
         storage=storage,
         data=replace(config.data, source=f"{uri}/data"),
         model=replace(config.model, pipeline=f"{uri}/model"),
-        encode=EncodeConfig(batch_size=7, readers=2, actors=2, rows_per_file=5),
+        encode=EncodeConfig(batch_size=7, readers=2, actors=2, rows_per_file=5, files_per_wave=2),
     )
-    monkeypatch.setattr(encoding, "FILES_A_WAVE", 2)
-    waves = []
-    encode_wave = encoding._encode_wave
-
-    def stop_in_the_second(config, wave, target):
-        waves.append([file.name for file in wave])
-        for part in encode_wave(config, wave, target):
-            if len(waves) == 2:
-                raise KeyboardInterrupt
-            yield part
-
-    monkeypatch.setattr(encoding, "_encode_wave", stop_in_the_second)
+    partial = bucket.join("run", "encoded", ".partial")
+    interrupt_once_there(partial, "wave-000000.json")
     with pytest.raises(KeyboardInterrupt):
         encode(remote)
+    assert partial.list("wave-*") == ["wave-000000.json"], "it was in the second wave"
     assert not bucket.exists("run/encoded/train")
+    first = partial.list("train/*")[0]
+    with partial.open_file(first) as stream:
+        table = pq.read_table(stream)
+    marked = table.set_column(0, "position", pa.array([-1] * len(table)))
+    write_part(partial, first, marked)
+
     assert encode(remote) == summary
-    assert waves == [["train-00.tar.gz", "train-01.tar.gz"], *[["train-02.tar.gz", "test_all-00.tar"]] * 2]
+    with bucket.join("run", "encoded").open_file(first) as stream:
+        assert pq.read_table(stream)["position"].to_pylist() == [-1] * len(table), "a finished wave is not done again"
+    write_part(bucket.join("run", "encoded"), first, table)
     assert not bucket.exists("run/encoded/.partial")
     for split in ("train", "heldout"):
         for ours, theirs in zip(rows_of(config, split), rows_of(remote, split), strict=True):
@@ -151,6 +188,15 @@ def test_what_cannot_work_fails_before_anything_runs(config, tmp_path):
     fails(r"no file matches 'x-\*'.*data.heldout", data=replace(config.data, heldout="x-*"))
     fails("holds no folder unet/", model=replace(config.model, pipeline=config.data.source))
     fails("nobody: is no folder", model=replace(config.model, prompt_encoder=str(tmp_path / "nobody")))
-    unreachable = StorageConfig(endpoint="http://127.0.0.1:9")
+    fails("encode.actors: 9: with encode.cpus_per_actor 0.5 they need 4.5 CPU", encode=EncodeConfig(actors=9))
+    (tmp_path / "bare").mkdir()
+    pq.write_table(pa.table({"image": [image_bytes(0)], "words": ["a cat"]}), tmp_path / "bare" / "train-0.parquet")
+    (tmp_path / "bare" / "test_0.tar").write_bytes(tar_of(sample(0)))
+    bare = replace(config.data, source=str(tmp_path / "bare"))
+    fails("data.train: train-0.parquet: has the columns image, words; one must be named captions or", data=bare)
+    (tmp_path / "bare" / "train-0.parquet").unlink()
+    (tmp_path / "bare" / "train-0.tar").write_bytes(tar_of(sample(0, captions=[]) + sample(1, captions=[" "])))
+    fails("data.train: train-0.tar: none of its first 2 rows has a caption .first 00000: empty or missing", data=bare)
+    unreachable = StorageConfig(endpoint="http://127.0.0.1:9", attempts=1)
     fails("not reachable at storage.endpoint", data=replace(config.data, source="s3://a/b"), storage=unreachable)
     assert not (tmp_path / "run").exists()

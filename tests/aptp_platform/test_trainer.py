@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from fault_proxy import FAULTS, FaultProxy
+from s3_server import S3Server
 from tiny_run import ROWS, tiny_run
 
 from aptp.expert import load_expert, read_expert_info
 from aptp.router import Router
-from aptp_platform.config import ConfigError
+from aptp_platform.config import ConfigError, RunConfig, StorageConfig
 from aptp_platform.cutting import cut
 from aptp_platform.data.assign import assign
 from aptp_platform.storage import Store
@@ -18,13 +20,35 @@ from aptp_platform.train.stream import Stream, parts_of
 from aptp_platform.train.trainer import check_group, check_shape, finetune, prune
 
 
-@pytest.mark.usefixtures("local_ray")
-def test_the_stages_learn_and_publish(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, workers=2)
+@pytest.fixture(scope="module")
+def pruned(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+    """A run of two workers, pruned undisturbed, and its summary."""
+    config = tiny_run(tmp_path_factory.mktemp("pruned"), workers=2)
     config = replace(config, finetune=replace(config.finetune, workers=1), cut=replace(config.cut, baselines=()))
+    return config, prune(config)
+
+
+def test_a_bucket_that_fails_now_and_then_changes_nothing(
+    pruned: tuple[RunConfig, dict[str, Any]], fault_proxy: FaultProxy
+) -> None:
+    config, summary = pruned
+    bucket = S3Server(fault_proxy.endpoint).bucket("disturbed")
+    remote = replace(config, root=f"{bucket}/run", storage=StorageConfig(endpoint=fault_proxy.endpoint, timeout_s=1.0))
+    root = Store.open(remote.root, remote.storage)
+    root.publish(Path(config.root) / "encoded", "encoded")
+    fault_proxy.every = 5
+    assert prune(remote) == summary
+    assert all(fault_proxy.hits[fault] > 1 for fault in FAULTS), fault_proxy.hits
+    fault_proxy.every = 0
+    for name in ("router.safetensors", "router.json"):
+        with root.join("pruned", "router").open_file(name) as stream:
+            assert stream.read() == Path(config.root, "pruned", "router", name).read_bytes()
+
+
+def test_the_stages_learn_and_publish(pruned: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, summary = pruned
     root = Path(config.root)
 
-    summary = prune(config)
     router = Router.load(root / "pruned" / "router")
     assert summary["MACs ratio"] == pytest.approx(config.router.budget, rel=0.011)
     assert router.num_codes == 2
@@ -49,7 +73,7 @@ def test_the_stages_learn_and_publish(tmp_path: Path) -> None:
         (
             {},
             {"workers": 99},
-            "prune.workers: 99: with prune.cpus_per_worker 0.5 they need 49.5 CPU, the cluster has at",
+            "prune.workers: 99: with prune.cpus_per_worker 0.5 they need 49.5 CPU and 0.05 for the tasks that feed",
         ),
         (
             {},
@@ -68,5 +92,5 @@ def test_what_cannot_work_is_one_line_before_it_starts(
         prune(config)
     assert not Path(config.root, "pruned").exists()
     fine = tiny_run(tmp_path / "fine", num_codes=2 * 2 * ROWS)
-    check_group(fine.prune, "prune")
+    check_group(fine.prune, "prune", fine.encode)
     check_shape(fine, Stream(encoded, parts_of(encoded), 0))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -20,12 +20,13 @@ import ray.data
 from aptp_platform.data.listings import read_coco, read_image_folder, read_table_of_files
 from aptp_platform.data.shards import CaptionedImage, Fault, decode_image, read_shard
 from aptp_platform.data.tables import read_parquet
-from aptp_platform.storage import StorageConfig, Store
+from aptp_platform.storage import StorageConfig, Store, StoreError
 
 if TYPE_CHECKING:
     from aptp_platform.config import DataConfig  # brings torch, which no reading task needs
 
 READER_CPUS = 0.1  # unlike an actor's: operators with equal demands are fused, and an actor would decode for itself
+PROBED_ROWS = 8
 GROUP_ROWS = 64  # rows that leave a reader together ...
 GROUP_BYTES = 16 << 20  # ... or fewer, if their images are large
 
@@ -89,6 +90,36 @@ def source_files(config: DataConfig, storage: StorageConfig) -> list[SourceFile]
     return files
 
 
+def read_file(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
+    """The samples of one file, in their stored order."""
+    ending = _format(name)
+    assert ending is not None  # source_files has seen to it
+    return FORMATS[ending](store, name)
+
+
+def check_rows(config: DataConfig, storage: StorageConfig, files: Sequence[SourceFile]) -> None:
+    """Read the first rows of each split, before any model is loaded for them.
+
+    Raises:
+        ValueError: the file lacks a column, or none of its first rows has a caption.
+    """
+    store = Store.open(config.source, storage)
+    for split in dict.fromkeys(file.split for file in files):
+        name = next(file.name for file in files if file.split == split)
+        try:
+            first = list(islice(read_file(store, name), PROBED_ROWS))
+        except StoreError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"data.{split}: {error}") from None
+        faults = [row for row in first if isinstance(row, Fault) and row.cause == "caption"]
+        if first and len(faults) == len(first):
+            raise ValueError(
+                f"data.{split}: {name}: none of its first {len(first)} rows has a caption (first {faults[0].key}: "
+                f"{faults[0].detail}): name files with a txt or json beside each image, or with a caption column"
+            )
+
+
 def read_captioned(
     config: DataConfig, storage: StorageConfig, files: Sequence[SourceFile], readers: int = 4
 ) -> ray.data.Dataset:
@@ -127,11 +158,9 @@ def _format(name: str) -> str | None:
 
 def _read_files(store: Store, max_captions: int | None, batch: dict[str, np.ndarray]) -> Iterator[pa.Table]:
     for split, name, place in zip(batch["split"], batch["name"], batch["place"], strict=True):
-        ending = _format(name)
-        assert ending is not None  # source_files has seen to it
         group: list[dict[str, object]] = []
         size = 0
-        for position, sample in zip(count(int(place) << 32), FORMATS[ending](store, str(name))):
+        for position, sample in zip(count(int(place) << 32), read_file(store, str(name))):
             group.append({"split": split, "position": position, **_row(sample, max_captions)})
             size += len(sample.image) if isinstance(sample, CaptionedImage) else 0
             if len(group) == GROUP_ROWS or size >= GROUP_BYTES:

@@ -21,14 +21,21 @@ import torch
 
 from aptp.latents import encode_images
 from aptp.prompts import PromptEncoder
+from aptp_platform.capacity import require_room
 from aptp_platform.config import ModelConfig, RunConfig, to_tree
-from aptp_platform.data.captions import READER_CPUS, SourceFile, decode_rows, read_captioned, source_files
+from aptp_platform.data.captions import (
+    READER_CPUS,
+    SourceFile,
+    check_rows,
+    decode_rows,
+    read_captioned,
+    source_files,
+)
 from aptp_platform.data.encoded import FAULTS, encoded_table, write_rows
 from aptp_platform.models import check_pipeline, fetch_model, load_vae
 from aptp_platform.progress import Progress
 from aptp_platform.storage import StorageConfig, Store
 
-FILES_A_WAVE = 256
 BLOCK_BYTES = (
     4 << 20
 )  # what travels at once: small, so that every actor has work soon and rows are written as they come
@@ -47,7 +54,13 @@ def encode(config: RunConfig) -> dict[str, Any]:
             `data.max_bad_share` of all; then nothing is published but the quarantine.
     """
     files = source_files(config.data, config.storage)
+    check_rows(config.data, config.storage, files)
     check_pipeline(config.model, config.storage)
+    shares = {
+        "CPU": ("cpus_per_actor", config.encode.cpus_per_actor),
+        "GPU": ("gpus_per_actor", config.encode.gpus_per_actor),
+    }
+    require_room("encode", "actors", config.encode.actors, shares, spare=READER_CPUS)
     store = Store.open(config.root, config.storage).join("encoded")
     written = _encode_waves(config, files, store)
     faults = [fault for part in written for fault in part["faults"]]
@@ -80,7 +93,7 @@ def encoded_rows(config: RunConfig, files: Sequence[SourceFile]) -> ray.data.Dat
     )
     encoded = decoded.map_batches(
         Encoder,
-        fn_constructor_args=(config.model, config.storage, settings.gpus_per_actor > 0),
+        fn_constructor_args=(config.model, config.storage, settings.gpus_per_actor > 0, settings.cache_latents),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -95,19 +108,29 @@ def encoded_rows(config: RunConfig, files: Sequence[SourceFile]) -> ray.data.Dat
 
 
 class Encoder:
-    """The autoencoder and the prompt encoder in one actor."""
+    """The autoencoder and the prompt encoder in one actor.
 
-    def __init__(self, model: ModelConfig, storage: StorageConfig, on_gpu: bool) -> None:
+    Without `latents`, training rows get none: their first is encoded to learn the shape, the others are zeros, which
+    `write_rows` drops.
+    """
+
+    def __init__(self, model: ModelConfig, storage: StorageConfig, on_gpu: bool, latents: bool = True) -> None:
+        self._latents = latents
         device = "cuda" if on_gpu else "cpu"
         self.vae = load_vae(model, storage).to(device)
         self.prompts = PromptEncoder.load(fetch_model(model.prompt_encoder, storage)).to(device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        pixels = torch.tensor(table["image"].combine_chunks().to_numpy_ndarray())
-        latents = encode_images(self.vae, pixels.to(self.vae.device).float() / 127.5 - 1).cpu().half().numpy()
+        pixels, wanted = table["image"].combine_chunks().to_numpy_ndarray(), np.arange(len(table))
+        if not self._latents:
+            wanted = np.flatnonzero(np.array(table["split"].to_pylist()) == "heldout")
+            wanted = np.union1d(wanted, [0])
+        encoded_now = half_latents(self.vae, pixels[wanted])
+        latents = np.zeros((len(table), *encoded_now.shape[1:]), np.float16)
+        latents[wanted] = encoded_now
         captions = table["captions"].to_pylist()
         faults, details = table["fault"].to_pylist(), table["detail"].to_pylist()
-        for row, finite in enumerate(np.isfinite(latents).all((1, 2, 3))):
+        for row, finite in enumerate(np.isfinite(latents).all((1, 2, 3)).tolist()):
             if not finite and not faults[row]:
                 faults[row], details[row] = "image", "the autoencoder's numbers are not finite in half precision"
         encoded = encoded_table(
@@ -125,6 +148,13 @@ class Encoder:
         return np.split(embedded, np.cumsum([len(each) for each in captions])[:-1])
 
 
+def half_latents(vae: Any, pixels: np.ndarray) -> np.ndarray:
+    """Latents in half precision of decoded images (row, 3, height, width), 0 to 255."""
+    scaled = torch.tensor(pixels).to(vae.device).float() / 127.5 - 1
+    latents: np.ndarray = encode_images(vae, scaled).cpu().half().numpy()
+    return latents
+
+
 def _encode_waves(config: RunConfig, files: Sequence[SourceFile], store: Store) -> list[dict[str, Any]]:
     """Every wave into the partial folder, those on record not again; returns what was written, and what was bad."""
     origin = _origin(config, files)
@@ -134,9 +164,10 @@ def _encode_waves(config: RunConfig, files: Sequence[SourceFile], store: Store) 
     partial_folder = store.join(PARTIAL)
     partial_folder.write_json("origin.json", origin)
     written: list[dict[str, Any]] = []
+    size = config.encode.files_per_wave
     with Progress("encode", len(files)) as progress:
-        for start in range(0, len(files), FILES_A_WAVE):
-            wave = files[start : start + FILES_A_WAVE]
+        for start in range(0, len(files), size):
+            wave = files[start : start + size]
             record = f"wave-{start:06d}.json"
             if not partial_folder.exists(record):
                 _remove_parts(partial_folder, wave)
@@ -153,7 +184,7 @@ def _encode_waves(config: RunConfig, files: Sequence[SourceFile], store: Store) 
 
 def _encode_wave(config: RunConfig, wave: Sequence[SourceFile], target: Store) -> Iterator[dict[str, Any]]:
     written = encoded_rows(config, wave).map_batches(
-        partial(write_rows, target),
+        partial(write_rows, target, () if config.encode.cache_latents else ("train",)),
         batch_size=config.encode.rows_per_file,
         batch_format="pyarrow",
         num_cpus=READER_CPUS,
@@ -172,6 +203,8 @@ def _origin(config: RunConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
         "image_size": config.data.image_size,
         "max_captions": config.data.max_captions,
         "model": to_tree(config.model),
+        "cache_latents": config.encode.cache_latents,
+        "files_per_wave": config.encode.files_per_wave,
     }
 
 

@@ -60,9 +60,10 @@ class Restored:
                 "root of its own, or remove its checkpoints"
             )
         self.step: int = index["step"]
+        self.ranks: int = index["ranks"]
         self._files: dict[str, Any] = {}
-        for rank in range(index["ranks"]):
-            path = folder / _file(rank, index["ranks"])
+        for rank in range(self.ranks):
+            path = folder / _file(rank, self.ranks)
             if path.is_file():
                 opened = self._open.enter_context(safe_open(path, framework="pt"))
                 self._files |= dict.fromkeys(opened.keys(), opened)

@@ -7,30 +7,31 @@ on from a checkpoint does what it would have done undisturbed.
 import hashlib
 import pickle
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
-from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
 from aptp.latents import Batch
 from aptp.losses import LossTerms
 from aptp_platform.config import TrainingConfig
-from aptp_platform.progress import Progress
 from aptp_platform.storage import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
+from aptp_platform.train.events import Events
 
-LOG_EVERY = 5  # steps; between them nothing waits for the device
+NOTICE_EVERY = 10  # steps; all ranks ask together whether a node of theirs is about to go
+
+SCORE = "loss"  # of a checkpoint: the mean since the one before
 
 Summary = dict[str, Any]
 
@@ -43,6 +44,7 @@ class Work:
         gradients in it is trained.
     batches: (first, rank, ranks) to that rank's batches from number `first` on, all of one size, without end.
     facts: what is worth a progress line, beside the loss and the speed.
+    pictures: called on every rank at a checkpoint: grids (row, column, height, width, 3) of what the module draws now.
     finish: called on rank 0 with the trained values by name; publishes the result and returns its summary.
     """
 
@@ -50,6 +52,7 @@ class Work:
     batches: Callable[[int, int, int], Iterator[Batch]]
     facts: Callable[[LossTerms], Mapping[str, float | str]]
     finish: Callable[[Mapping[str, Tensor]], Summary]
+    pictures: Callable[[], Mapping[str, np.ndarray]] = dict
 
 
 class Stage(Protocol):
@@ -68,6 +71,10 @@ class Stage(Protocol):
     @property
     def log(self) -> Store:
         """The folder of TensorBoard's event files."""
+
+    @property
+    def resolved(self) -> str:
+        """The whole config, as YAML."""
 
     def depends_on(self) -> Mapping[str, Any]:
         """What the result depends on, as plain data; a checkpoint is only for runs with the same."""
@@ -88,8 +95,13 @@ def train(settings: dict[Any, Any]) -> Summary | None:
     engine, start = _begin(work.module, stage)
     accumulation = training.engine.gradient_accumulation
     batches = work.batches(start * accumulation, rank, ranks)
+    images = training.batch_size * accumulation * ranks
+    saved, noticed, losses = start, False, torch.zeros((), device=device)
     with ExitStack() as stack:
-        report = stack.enter_context(_Report(stage, work, start, ranks)) if rank == 0 else None
+        events = None
+        if rank == 0:
+            names = (stage.name, stage.log, stage.resolved)
+            events = stack.enter_context(Events(*names, start, training.steps, images, work.facts))
         for step in range(start, training.steps):
             set_learning_rate(engine, training, step)
             for number in range(step * accumulation, (step + 1) * accumulation):
@@ -103,12 +115,20 @@ def train(settings: dict[Any, Any]) -> Summary | None:
                 engine.backward(terms.total)
                 engine.step()
             done = step + 1
-            if report is not None and (done % LOG_EVERY == 0 or done in (start + 1, training.steps)):
-                report.step(done, terms)
-            if done % training.checkpoint_every == 0 or done == training.steps:
-                _hand_over(engine, stage, done, terms)
-                if report is not None:
-                    report.publish()
+            losses += terms.total.detach()
+            if events is not None:
+                events.step(done, terms)
+            regular = done % training.checkpoint_every == 0 or done == training.steps
+            urgent = done % NOTICE_EVERY == 0 and not noticed and ray.train.get_preemption_info() is not None
+            noticed = noticed or urgent
+            if regular or urgent:
+                _hand_over(engine, stage, done, float(losses) / (done - saved))
+                saved, losses = done, torch.zeros_like(losses)
+            if regular:
+                pictures = work.pictures()
+                if events is not None:
+                    events.pictures(done, pictures)
+                    events.publish(done)
     values = {name: state["value"].cpu().clone() for name, state in whole_state(engine, moments=False)}
     return work.finish(values) if rank == 0 else None
 
@@ -145,15 +165,27 @@ def _begin(module: nn.Module, stage: Stage) -> tuple[Any, int]:
         restored.fill(module)
         engine = build_engine(module, stage.training)
         restored.fill_moments(engine)
+        if dist.get_rank() == 0:
+            _tell(stage.name, restored, dist.get_world_size())
         return engine, restored.step
 
 
-def _hand_over(engine: Any, stage: Stage, step: int, terms: LossTerms) -> None:
+def _tell(name: str, restored: Restored, ranks: int) -> None:
+    line = f"[{name}] goes on from step {restored.step}"
+    if ranks != restored.ranks:
+        line += (
+            f" with {ranks} workers instead of {restored.ranks}: each reads other rows and draws other noise, so the "
+            "losses are not bit-equal to those of an undisturbed run"
+        )
+    print(line, flush=True)
+
+
+def _hand_over(engine: Any, stage: Stage, step: int, loss: float) -> None:
     """Give this rank's part of a checkpoint to Ray, which uploads it in the background and registers it when whole."""
     folder = Path(tempfile.mkdtemp(prefix="aptp-checkpoint-"))
     save_checkpoint(engine, folder, step, stage.depends_on())
     ray.train.report(
-        {"step": step, "loss": float(terms.total.detach())},
+        {"step": step, SCORE: loss},
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step-{step:08d}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
@@ -164,42 +196,3 @@ def _noise(seed: int, number: int, use: str) -> torch.Generator:
     """A generator for one use in one batch; the same on every device and after every restart."""
     digest = hashlib.sha256(f"{seed}/{number}/{use}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-class _Report:
-    """What a person sees of a run: progress lines, and scalars for TensorBoard."""
-
-    def __init__(self, stage: Stage, work: Work, start: int, ranks: int) -> None:
-        self._stage, self._work, self._start = stage, work, start
-        self._images = stage.training.batch_size * stage.training.engine.gradient_accumulation * ranks
-        self._progress = Progress(stage.name, stage.training.steps)
-        self._folder = tempfile.TemporaryDirectory(prefix="aptp-events-")
-        self._writer = SummaryWriter(self._folder.name)
-        self._last = (start, time.monotonic())
-
-    def __enter__(self) -> "_Report":
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.__exit__(*error)
-        self._writer.close()
-        self._folder.cleanup()
-
-    def step(self, done: int, terms: LossTerms) -> None:
-        before, then = self._last
-        self._last = (done, time.monotonic())
-        speed = (done - before) * self._images / (self._last[1] - then)
-        scalars = terms.scalars()
-        for name, value in {**scalars, "images/s": speed}.items():
-            self._writer.add_scalar(name, value, done)
-        for name, values in terms.metrics.items():
-            for index, each in enumerate(values.tolist() if values.ndim == 1 else ()):
-                self._writer.add_scalar(f"{name}/{index:02d}", each, done)
-        facts = {**self._work.facts(terms), "loss": scalars["total"], "images/s": speed}
-        self._progress.update(done, **facts)
-
-    def publish(self) -> None:
-        """Event files so far; a run that goes on writes beside those of the run before."""
-        self._writer.flush()
-        self._stage.log.publish(self._folder.name, f"from-{self._start:08d}")

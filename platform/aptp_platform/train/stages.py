@@ -1,9 +1,9 @@
 """From a run's config to what its workers train: the two stages, picklable values that build themselves on a worker."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ from aptp.calibration import calibrate_budget
 from aptp.cost import CostTable, cost_table
 from aptp.expert import load_expert, read_expert_info, save_expert
 from aptp.finetuning import FinetuningStage
+from aptp.gates import gated
 from aptp.latents import Batch, encode_texts
 from aptp.losses import LossTerms
+from aptp.prompts import PromptEncoder
 from aptp.pruning import PruningStage
 from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
-from aptp_platform.config import RunConfig, TrainingConfig, to_tree
-from aptp_platform.models import Parts, load_pipeline_parts
+from aptp_platform.config import RunConfig, TrainingConfig, dump_config, to_tree
+from aptp_platform.models import Parts, fetch_model, load_pipeline_parts
 from aptp_platform.storage import Store
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
+from aptp_platform.train.samples import draw
 from aptp_platform.train.stream import Stream, latent_size
 
 CALIBRATION_PROMPTS = 2048  # the budget is met on so many prompts of the training set, evenly taken
@@ -50,6 +53,10 @@ class PruneStage:
     def log(self) -> Store:
         return Store.open(self.config.root, self.config.storage).join("pruned", "tensorboard")
 
+    @property
+    def resolved(self) -> str:
+        return dump_config(self.config)
+
     def depends_on(self) -> Mapping[str, Any]:
         return _depends_on(self.config, self.training, "model", "router", "pruning")
 
@@ -69,12 +76,39 @@ class PruneStage:
         objective = replace(config.pruning, budget=config.router.budget)
         module = PruningStage(parts.unet, space, table, router, parts.scheduler, objective)
         compute_in(parts.unet, self.training.engine.precision)
+        if self.training.engine.activation_checkpointing:
+            parts.unet.enable_gradient_checkpointing()
         return Work(
             module,
             partial(_batches, self.stream, parts, self.training, device),
             self._facts,
             partial(self._finish, module, table, embeddings),
+            self._pictures(module, parts),
         )
+
+    def _pictures(self, module: PruningStage, parts: Parts) -> Callable[[], dict[str, np.ndarray]]:
+        """The full model above, below it the codes that the prompts are routed to now."""
+        config = self.config
+        if not config.samples.prompts:
+            return dict
+        encoder = PromptEncoder.load(fetch_model(config.model.prompt_encoder, config.storage))
+        prompts = encoder.encode(config.samples.prompts)
+
+        @cache
+        def teacher() -> np.ndarray:
+            return draw(module.unet, parts, config.samples)
+
+        @torch.no_grad()
+        def pictures() -> dict[str, np.ndarray]:
+            taught, router = teacher(), module.router
+            logits, codes = router(prompts.to(router.bias.device))
+            routes = router.route_logits(logits, codes).indices
+            with gated(module.unet, module.space) as gates:
+                gates.set(router.harden(router.gates(codes))[routes])
+                drawn = draw(module.unet, parts, config.samples)
+            return {"samples": np.stack([taught, drawn])}
+
+        return pictures
 
     def _facts(self, terms: LossTerms) -> dict[str, float | str]:
         usage = terms.metrics["usage"]
@@ -87,12 +121,13 @@ class PruneStage:
     def _finish(
         self, module: PruningStage, table: CostTable, embeddings: Tensor, values: Mapping[str, Tensor]
     ) -> Summary:
-        """Meet the budget on prompts as they will be routed, make sure that every code has some, publish."""
+        """Meet the budget on prompts as they will be routed, publish. Whether each code has enough, assign decides."""
         learned = {**module.learned_state(), **values}
         router = Router(module.space, module.router.config)
         state = {name.removeprefix("router."): value for name, value in learned.items() if name.startswith("router.")}
         router.load_state_dict({name: value.cpu() for name, value in state.items()})
-        found = calibrate_budget(router.eval(), embeddings, table, self.config.router.budget, balance=True)
+        budget = self.config.router.budget
+        found = calibrate_budget(router.eval(), embeddings, table, budget, balance=True, allow_unused=True)
         with tempfile.TemporaryDirectory() as scratch:
             router.save(Path(scratch) / "router")
             pruned = Store.open(self.config.root, self.config.storage).join("pruned")
@@ -132,6 +167,10 @@ class FinetuneStage:
     def log(self) -> Store:
         return Store.open(self.config.root, self.config.storage).join("finetuned", "tensorboard", self.network)
 
+    @property
+    def resolved(self) -> str:
+        return dump_config(self.config)
+
     def depends_on(self) -> Mapping[str, Any]:
         return _depends_on(self.config, self.training, "model", "router", "pruning", "finetuning")
 
@@ -156,12 +195,27 @@ class FinetuneStage:
         )
         for network in (expert, parts.unet):
             compute_in(network, self.training.engine.precision)
+        if self.training.engine.activation_checkpointing:
+            expert.enable_gradient_checkpointing()
         return Work(
             module,
             partial(_batches, self.stream, parts, self.training, device),
             lambda terms: {"denoising": float(terms.terms["denoising"].detach())},
             partial(self._finish, table),
+            self._pictures(module, parts),
         )
+
+    def _pictures(self, module: FinetuningStage, parts: Parts) -> Callable[[], dict[str, np.ndarray]]:
+        """The full model above, below it the network that learns from it."""
+        samples = self.config.samples
+        if not samples.prompts:
+            return dict
+
+        @cache
+        def teacher() -> np.ndarray:
+            return draw(module.teacher, parts, samples)
+
+        return lambda: {"samples": np.stack([teacher(), draw(module.expert, parts, samples)])}
 
     def _finish(self, table: CostTable, values: Mapping[str, Tensor]) -> Summary:
         with tempfile.TemporaryDirectory() as scratch:
@@ -194,8 +248,11 @@ def _batches(
 def _depends_on(config: RunConfig, training: TrainingConfig, *sections: str) -> dict[str, Any]:
     """Sections of the config, and of a training what changes its result: not how long, by how many, how often saved."""
     tree = to_tree(training)
-    for name in ("steps", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_every"):
+    for name in (
+        "steps", "prefetch_bytes", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_every",
+        "checkpoints_kept",
+    ):  # fmt: skip
         del tree[name]
-    for name in ("zero_stage", "offload"):
+    for name in ("zero_stage", "offload", "activation_checkpointing"):
         del tree["engine"][name]
     return {"seed": config.seed, **{name: to_tree(getattr(config, name)) for name in sections}, "training": tree}

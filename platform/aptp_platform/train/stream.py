@@ -22,16 +22,18 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 from jaxtyping import Float
-from ray.data import TaskPoolStrategy
-from ray.data.block import BlockAccessor
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
 from aptp_platform.config import ConfigError
-from aptp_platform.data.encoded import choose_caption
+from aptp_platform.data.encoded import choose_caption, latent_shape, read_part
 from aptp_platform.storage import Store
+from aptp_platform.train.source import LatentEncoder, Source
 
 READERS = 2  # tasks of a worker that read ahead
 READER_CPUS = 0.05
+GROUP_ROWS = 256  # that leave a reading task together ...
+BLOCK_BYTES = 8 << 20  # ... or several groups, if they are small
 SAMPLED_FILES = 16
 
 Rows = dict[str, np.ndarray]
@@ -54,7 +56,9 @@ class Stream:
     seed: int
     assigned: Store | None = None
     code: int | None = None
-    window_rows: int = 8192
+    window_rows: int = 8192  # that are shuffled together: a reading task holds them
+    prefetch_bytes: int = 256_000_000  # of rows on their way to a worker, in the object store
+    source: Source | None = None  # of the images, where `encoded` holds no latents
 
     def __post_init__(self) -> None:
         if not sum(part.rows for part in self.parts):
@@ -90,8 +94,22 @@ class Stream:
             compute=TaskPoolStrategy(size=min(READERS, len(tasks))),
             num_cpus=READER_CPUS,
         )
+        if self.source is not None:
+            settings = self.source.encode
+            dataset = dataset.map_batches(
+                LatentEncoder,
+                fn_constructor_args=(self.source,),
+                batch_size=settings.batch_size,
+                compute=ActorPoolStrategy(size=settings.actors),
+                num_cpus=settings.cpus_per_actor,
+                num_gpus=settings.gpus_per_actor,
+            )
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
+        dataset.context.target_max_block_size = BLOCK_BYTES
+        dataset.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+            object_store_memory=self.prefetch_bytes
+        )
         yield from islice(dataset.iter_batches(batch_size=batch_size, prefetch_batches=2), stop - start)
 
     def embeddings(self, limit: int) -> Float[Tensor, "row dim"]:
@@ -127,36 +145,39 @@ def _read_windows(stream: Stream, batch: Rows) -> Iterator[Rows]:
     """The shuffled rows of a task's windows, each row with the caption chosen for its epoch."""
     for row in batch["windows"]:
         for epoch, files, skip in json.loads(row):
-            columns = ["key", "captions", "embeddings", "latents"]
+            columns = ["key", "captions", "embeddings", "position" if stream.source else "latents"]
             usable = [each for file in files for each in _usable(stream, stream.parts[file].name, columns)]
             order = np.random.default_rng((stream.seed, epoch, files[0])).permutation(len(usable))[skip:]
-            rows = [usable[index] for index in order]
-            chosen = [allowed[choose_caption(r["key"], len(allowed), epoch, stream.seed)] for r, allowed in rows]
-            yield {
-                "latents": np.stack([row["latents"] for row, _ in rows]),
-                "embeddings": np.stack(
-                    [row["embeddings"][index] for (row, _), index in zip(rows, chosen, strict=True)]
-                ),
-                "captions": np.array([row["captions"][index] for (row, _), index in zip(rows, chosen, strict=True)]),
-            }
+            for start in range(0, len(order), GROUP_ROWS):
+                yield _chosen(stream, [usable[index] for index in order[start : start + GROUP_ROWS]], epoch)
+
+
+def _chosen(stream: Stream, rows: list[tuple[dict[str, Any], list[int]]], epoch: int) -> Rows:
+    """Rows as columns, each with its caption of this epoch."""
+    captions = [allowed[choose_caption(row["key"], len(allowed), epoch, stream.seed)] for row, allowed in rows]
+    picked = [(row, caption) for (row, _), caption in zip(rows, captions, strict=True)]
+    name = "latents" if stream.source is None else "pixels"
+    drawn = [row["latents"] if stream.source is None else stream.source.pixels(row["image"]) for row, _ in picked]
+    return {
+        name: np.stack(drawn),
+        "embeddings": np.stack([row["embeddings"][caption] for row, caption in picked]),
+        "captions": np.array([row["captions"][caption] for row, caption in picked]),
+    }
 
 
 def _usable(stream: Stream, part: str, columns: list[str]) -> list[tuple[dict[str, Any], list[int]]]:
     """Rows of a file that the stream uses, each with the captions that it may use."""
     rows = read_part(stream.encoded, part, columns)
-    if stream.assigned is None:
-        return [(row, list(range(len(row["captions"])))) for row in rows]
-    codes = {row["key"]: row["codes"] for row in read_part(stream.assigned, part, ["key", "codes"])}
-    allowed = [(row, [i for i, code in enumerate(codes[row["key"]]) if code == stream.code]) for row in rows]
-    return [(row, captions) for row, captions in allowed if captions]
-
-
-def read_part(store: Store, part: str, columns: list[str]) -> list[dict[str, Any]]:
-    """The rows of one file as dictionaries; tensors are numpy arrays."""
-    with store.open_file(part) as stream:
-        table = pq.read_table(stream, columns=columns)
-    rows: list[Any] = list(BlockAccessor.for_block(table).iter_rows(public_row_format=True))
-    return rows
+    usable = [(row, list(range(len(row["captions"])))) for row in rows]
+    if stream.assigned is not None:
+        codes = {row["key"]: row["codes"] for row in read_part(stream.assigned, part, ["key", "codes"])}
+        allowed = [(row, [i for i, code in enumerate(codes[row["key"]]) if code == stream.code]) for row in rows]
+        usable = [(row, captions) for row, captions in allowed if captions]
+    if stream.source is not None and "position" in columns:
+        images = stream.source.images([row["position"] for row, _ in usable])
+        for row, _ in usable:
+            row["image"] = images[row["position"]]
+    return usable
 
 
 def parts_of(encoded: Store) -> tuple[Part, ...]:
@@ -173,8 +194,7 @@ def parts_of(encoded: Store) -> tuple[Part, ...]:
 
 def latent_size(encoded: Store) -> tuple[int, int]:
     """Height and width of the latents of an encoded data set."""
-    name = next(map(str, encoded.require("*.parquet", "root, or run the encode job first")))
-    height, width = read_part(encoded, name, ["latents"])[0]["latents"].shape[1:]
+    _, height, width = latent_shape(encoded, encoded.require("*.parquet", "root, or run the encode job first")[0])
     return height, width
 
 

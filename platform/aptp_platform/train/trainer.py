@@ -21,17 +21,19 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from aptp.cost import cost_table
 from aptp.sites import read_space
-from aptp_platform.config import ConfigError, RunConfig, TrainingConfig
+from aptp_platform.capacity import require_room
+from aptp_platform.config import ConfigError, EncodeConfig, RunConfig, TrainingConfig
+from aptp_platform.data.assign import assigned_router
+from aptp_platform.data.captions import source_files
 from aptp_platform.models import check_pipeline
 from aptp_platform.progress import Progress
 from aptp_platform.storage import Store
 from aptp_platform.train.checkpoint import differences
 from aptp_platform.train.engine import check_engine
-from aptp_platform.train.loop import Stage, Summary, train
+from aptp_platform.train.loop import SCORE, Stage, Summary, train
+from aptp_platform.train.source import Source
 from aptp_platform.train.stages import FinetuneStage, PruneStage
 from aptp_platform.train.stream import READER_CPUS, READERS, Stream, latent_size, parts_by_code, parts_of
-
-CHECKPOINTS_KEPT = 2
 
 
 def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
@@ -42,8 +44,8 @@ def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
     """
     root = Store.open(config.root, config.storage)
     encoded = encoded or root.join("encoded", "train")
-    check_group(config.prune, "prune")
-    stream = Stream(encoded, parts_of(encoded), config.seed)
+    check_group(config.prune, "prune", config.encode)
+    stream = _stream(config, encoded, config.prune)
     check_shape(config, stream)
     return fit(PruneStage(config, stream), root.join("pruned", "checkpoints"), "router")
 
@@ -52,11 +54,11 @@ def finetune(config: RunConfig) -> Summary:
     """Fine-tune every cut network, side by side as the cluster allows; publishes `finetuned/<network>/`."""
     root = Store.open(config.root, config.storage)
     encoded, assigned = root.join("encoded", "train"), root.join("assigned")
-    check_group(config.finetune, "finetune")
-    everything = Stream(encoded, parts_of(encoded), config.seed)
+    check_group(config.finetune, "finetune", config.encode)
+    everything = _stream(config, encoded, config.finetune)
     stages = [
         FinetuneStage(config, replace(everything, parts=parts, assigned=assigned, code=code), f"{code:02d}")
-        for code, parts in enumerate(parts_by_code(assigned, config.router.num_codes))
+        for code, parts in enumerate(parts_by_code(assigned, assigned_router(root).num_codes))
     ]
     stages += [FinetuneStage(config, everything, name) for name in config.cut.baselines]
     return {"networks": fit_all(stages, root.join("finetuned", "checkpoints"))}
@@ -93,7 +95,7 @@ def fit_all(stages: Sequence[FinetuneStage], runs: Store) -> list[Summary]:
     """Run several worker groups, as many at once as the cluster has room for; one that failed is run again alone."""
     summaries: dict[str, Summary] = {}
     with (
-        ThreadPoolExecutor(_groups_at_once(stages[0].training)) as threads,
+        ThreadPoolExecutor(_groups_at_once(stages[0].training, stages[0].config.encode)) as threads,
         Progress("finetune", len(stages)) as progress,
     ):
         progress.update(0)
@@ -110,22 +112,15 @@ def fit_all(stages: Sequence[FinetuneStage], runs: Store) -> list[Summary]:
     return [summaries[stage.network] for stage in stages]
 
 
-def check_group(training: TrainingConfig, where: str) -> None:
+def check_group(training: TrainingConfig, where: str, encode: EncodeConfig) -> None:
     """ConfigError if the cluster can never run this worker group, or its engine's settings exclude each other."""
+    beside = READER_CPUS + training.workers * _encoders(encode)["CPU"]
     check_engine(training, where)
-    capacity = _capacity()
-    for resource, field, share in (
-        ("CPU", "cpus_per_worker", training.cpus_per_worker),
-        ("GPU", "gpus_per_worker", training.gpus_per_worker),
-    ):
-        room = capacity.get(resource, 0.0)
-        if training.workers * share > room:
-            most = floor(room / share)
-            fix = f"set {where}.workers to at most {most}" if most else f"lower {where}.{field}"
-            raise ConfigError(
-                f"{where}.workers: {training.workers}: with {where}.{field} {share:g} they need "
-                f"{training.workers * share:g} {resource}, the cluster has at most {room:g}: {fix}, or add nodes"
-            )
+    shares = {
+        "CPU": ("cpus_per_worker", training.cpus_per_worker),
+        "GPU": ("gpus_per_worker", training.gpus_per_worker),
+    }
+    require_room(where, "workers", training.workers, shares, spare=beside)
 
 
 def check_shape(config: RunConfig, stream: Stream) -> None:
@@ -147,6 +142,22 @@ def check_shape(config: RunConfig, stream: Stream) -> None:
         )
 
 
+def _stream(config: RunConfig, encoded: Store, training: TrainingConfig) -> Stream:
+    """All rows of an encoded data set."""
+    source = None
+    if not config.encode.cache_latents:
+        names = tuple(file.name for file in source_files(config.data, config.storage) if file.split == "train")
+        source = Source(config.data, config.storage, config.model, config.encode, names)
+    return Stream(
+        encoded,
+        parts_of(encoded),
+        config.seed,
+        window_rows=training.window_rows,
+        prefetch_bytes=training.prefetch_bytes,
+        source=source,
+    )
+
+
 def _run_group(stage: Stage, runs: Store, name: str) -> Summary:
     training = stage.training
     resources = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
@@ -164,7 +175,11 @@ def _run_group(stage: Stage, runs: Store, name: str) -> Summary:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=training.checkpoints_kept,
+                checkpoint_score_attribute=SCORE,
+                checkpoint_score_order="min",
+            ),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -175,21 +190,23 @@ def _run_group(stage: Stage, runs: Store, name: str) -> Summary:
             cause: Any = getattr(failure, "_base_exc", failure)
             if isinstance(cause, ValueError):
                 raise ConfigError(str(cause)) from error
+            if isinstance(cause, ray.exceptions.OutOfDiskError):
+                raise cause from error
         raise
 
 
-def _groups_at_once(training: TrainingConfig) -> int:
-    """How many worker groups, each with its readers, fit into the cluster as it is now."""
+def _encoders(encode: EncodeConfig) -> dict[str, float]:
+    """What a worker's own encoders take, if it has some in front of it."""
+    actors = 0 if encode.cache_latents else encode.actors
+    return {"CPU": actors * encode.cpus_per_actor, "GPU": actors * encode.gpus_per_actor}
+
+
+def _groups_at_once(training: TrainingConfig, encode: EncodeConfig) -> int:
+    """How many worker groups, each with what feeds it, fit into the cluster as it is now."""
     room: dict[str, float] = ray.cluster_resources()
+    encoders = _encoders(encode)
     needs = {
-        "CPU": training.workers * (training.cpus_per_worker + READERS * READER_CPUS),
-        "GPU": training.workers * training.gpus_per_worker,
+        "CPU": training.workers * (training.cpus_per_worker + READERS * READER_CPUS + encoders["CPU"]),
+        "GPU": training.workers * (training.gpus_per_worker + encoders["GPU"]),
     }
     return max(1, min(floor(room.get(resource, 0.0) / need) for resource, need in needs.items() if need))
-
-
-def _capacity() -> dict[str, float]:
-    """What the cluster has, or what its autoscaler may bring it to."""
-    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    now: dict[str, float] = ray.cluster_resources()
-    return {resource: max(now.get(resource, 0.0), most.get(resource, 0.0)) for resource in {*now, *most}}
