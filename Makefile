@@ -13,7 +13,7 @@ export TRANSFORMERS_VERBOSITY := error
 # Everything that Ray starts looks `python` up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup check test soak bench-serve demo serve lock clean
+.PHONY: help setup check test soak bench-serve bench-train demo serve lock clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -61,6 +61,9 @@ demo: setup ## captioned images to served images; FRESH=1 forgets finished stage
 
 serve: setup ## serve the demo's release until ^C
 	$(BIN)/python -m aptp_platform.demo --serve
+
+bench-train: setup ## what training costs beyond its arithmetic; writes benchmarks/results/train.json
+	PYTHONPATH=tests $(BIN)/python benchmarks/train.py
 
 lock: ## refresh requirements.lock from pyproject.toml in a new environment
 	rm -rf .venv-lock

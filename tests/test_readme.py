@@ -1,9 +1,15 @@
 """The README's Python runs as it stands, and its tree names what is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
+
+from aptp_platform.config import load_config
+from aptp_platform.path import STAGES
+from aptp_platform.serve.args import ServeArgs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -14,6 +20,24 @@ def test_the_python_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: 
     (snippet,) = (each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import openai" not in each)
     exec(compile(snippet, "README.md", "exec"), {})
     assert re.fullmatch(r"0\.\d\d of 271 M multiply-adds\n", capsys.readouterr().out)
+
+
+def test_the_jobs_in_the_readme_are_the_stages_in_their_order() -> None:
+    """They are typed as they stand; what they would read exists and is legal. `test_path.py` runs what they call."""
+    lines = [shlex.split(line) for line in README.splitlines() if line.startswith("ray job submit")]
+    stages = []
+    for line in lines:
+        *submit, python, script, flag, config = line
+        assert submit == ["ray", "job", "submit", "--runtime-env", "jobs/runtime_env.yaml", "--"]
+        assert (python, flag) == ("python", "--config")
+        (stage,) = re.findall(r'run_job\("(\w+)"', (ROOT / script).read_text())
+        stages.append(stage)
+        assert load_config(ROOT / config).root == "s3://aptp/run"
+    assert stages == list(STAGES)
+    assert yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())["working_dir"] == "."
+    serve = yaml.safe_load((ROOT / "serve_configs" / "bucket.yaml").read_text())
+    args = ServeArgs.model_validate(serve["applications"][0]["args"])
+    assert args.release == f"{load_config(ROOT / config).root}/{STAGES['publish'].folder}"
 
 
 def test_the_tree_in_the_readme_names_what_is_there() -> None:
