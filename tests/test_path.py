@@ -89,7 +89,7 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
 
 def check_events(root: Path) -> None:
     """TensorBoard's files hold what a person looks for, and the config as it was resolved lies beside them."""
-    for folder, pictures in (("pruned", {"samples", "usage (code by step)"}), ("finetuned/00", {"samples"})):
+    for folder, pictures in (("pruned", {"samples", "usage_by_step"}), ("finetuned/00", {"samples"})):
         log = root / folder.split("/")[0] / "tensorboard" / folder.partition("/")[2]
         (file,) = log.glob("from-00000000/events*")
         seen = {value.tag: value for event in read_events(file) for value in event.summary.value}

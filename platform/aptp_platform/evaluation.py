@@ -172,6 +172,8 @@ def _generate(
     for batch in batches_of(rows, config.evaluate.batch_size):
         images = pipeline(
             [held.captions[row] for row in batch],
+            height=config.data.image_size,
+            width=config.data.image_size,
             num_inference_steps=config.evaluate.inference_steps,
             guidance_scale=config.evaluate.guidance_scale,
             generator=[row_generator(held.keys[row]) for row in batch],

@@ -72,17 +72,6 @@ def test_each_caption_has_the_code_that_the_router_gives_it_alone(config):
     assert summary["shares"] == pytest.approx((usage / usage.sum()).tolist(), abs=1e-6)
 
 
-def test_a_code_nobody_uses_is_named(config):
-    folder = Path(config.root) / "pruned" / "router"
-    router = Router.load(folder)
-    with torch.no_grad():
-        router.bias[1] = -10.0
-    router.save(folder)
-    with pytest.raises(ConfigError, match=r"assign.min_prompts: 1: code 1 has 0 of 13 prompts: lower it, set"):
-        assign(config)
-    assert not (Path(config.root) / "assigned").exists()
-
-
 def test_a_code_with_too_few_prompts_is_merged_into_those_nearest_to_each(config, capsys):
     folder = Path(config.root) / "pruned" / "router"
     two = Router.load(folder)
@@ -90,6 +79,9 @@ def test_a_code_with_too_few_prompts_is_merged_into_those_nearest_to_each(config
         three = two.keeping([1, 0, 0])  # the last is the middle one's twin, only a little less near
         three.bias.copy_(torch.tensor([0.0, 0.0, -1e-6]))
     three.save(folder)
+    with pytest.raises(ConfigError, match=r"assign.min_prompts: 1: code 2 has 0 of 13 prompts: lower it, set"):
+        assign(config)
+    assert not (Path(config.root) / "assigned").exists()
     before = assign(replace(config, assign=AssignConfig(min_prompts=1, if_fewer="merge")))
     assert before["kept"] == [0, 1]
     assert "code 2 has 0 of 13 prompts, assign.min_prompts is 1: codes [2] are merged" in capsys.readouterr().out
@@ -100,7 +92,7 @@ def test_a_code_with_too_few_prompts_is_merged_into_those_nearest_to_each(config
 
     alone = assign(replace(config, assign=AssignConfig(min_prompts=13, if_fewer="merge")))
     assert (alone["codes"], alone["shares"]) == (1, [1.0])
-    with pytest.raises(ConfigError, match=r"assign.min_prompts: 14: code \d has 13 of 13 prompts"):
+    with pytest.raises(ConfigError, match=r"assign.min_prompts: 14: code 0 has \d+ of 13 prompts"):
         assign(replace(config, assign=AssignConfig(min_prompts=14, if_fewer="merge")))
 
 

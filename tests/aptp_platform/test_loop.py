@@ -1,5 +1,6 @@
 """Runs of a toy stage on real worker groups: what is undisturbed, interrupted or killed ends the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from toy_stage import ToyStage, losses_of, toy
 
 from aptp_platform.config import ConfigError
 from aptp_platform.storage import Store
-from aptp_platform.train.trainer import fit
+from aptp_platform.train.trainer import fit, fit_all
 
 ray.cloudpickle.register_pickle_by_value(toy_stage)
 
@@ -40,3 +41,16 @@ def test_interrupted_and_killed_runs_end_as_the_undisturbed_one(tmp_path: Path) 
     tensorboard = tmp_path / "halves" / "tensorboard"
     assert sorted(path.parent.name for path in tensorboard.glob("from-*/events*")) == ["from-00000000", "from-00000002"]
     assert (tensorboard / "config.yaml").read_text() == "note: "
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_one_that_failed_beside_others_is_run_again_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = {
+        name: toy(tmp_path / name, steps=4, every=2, faults=faults, name=name)
+        for name, faults in {"sound": (), "weak": ((3, "worker"),)}.items()
+    }
+    patient = {name: replace(stage, training=replace(stage.training, max_failures=0)) for name, stage in stages.items()}
+    sound, weak = fit_all(patient, Store.open(tmp_path / "runs"), 2)
+    assert sound == weak
+    assert [len(losses_of(tmp_path / name)) for name in stages] == [1, 2], "the sound one is not run again"
+    assert "[weak] failed beside the others: once more alone" in capsys.readouterr().out

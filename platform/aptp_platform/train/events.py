@@ -92,7 +92,7 @@ class Events:
     def publish(self, done: int) -> None:
         """Upload the event files so far, unless an earlier upload is still on its way: the next one brings all."""
         if self._usage:
-            self._writer.add_image("usage (code by step)", heat_map(np.stack(self._usage)), done, dataformats="HWC")
+            self._writer.add_image("usage_by_step", heat_map(np.stack(self._usage)), done, dataformats="HWC")
         self._writer.flush()
         if self._uploading is None or self._uploading.done():
             self._uploading = self._uploader.submit(self._upload)

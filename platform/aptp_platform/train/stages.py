@@ -96,7 +96,7 @@ class PruneStage:
 
         @cache
         def teacher() -> np.ndarray:
-            return draw(module.unet, parts, config.samples)
+            return draw(module.unet, parts, config.samples, config.data.image_size)
 
         @torch.no_grad()
         def pictures() -> dict[str, np.ndarray]:
@@ -105,7 +105,7 @@ class PruneStage:
             routes = router.route_logits(logits, codes).indices
             with gated(module.unet, module.space) as gates:
                 gates.set(router.harden(router.gates(codes))[routes])
-                drawn = draw(module.unet, parts, config.samples)
+                drawn = draw(module.unet, parts, config.samples, config.data.image_size)
             return {"samples": np.stack([taught, drawn])}
 
         return pictures
@@ -207,15 +207,15 @@ class FinetuneStage:
 
     def _pictures(self, module: FinetuningStage, parts: Parts) -> Callable[[], dict[str, np.ndarray]]:
         """The full model above, below it the network that learns from it."""
-        samples = self.config.samples
+        samples, size = self.config.samples, self.config.data.image_size
         if not samples.prompts:
             return dict
 
         @cache
         def teacher() -> np.ndarray:
-            return draw(module.teacher, parts, samples)
+            return draw(module.teacher, parts, samples, size)
 
-        return lambda: {"samples": np.stack([teacher(), draw(module.expert, parts, samples)])}
+        return lambda: {"samples": np.stack([teacher(), draw(module.expert, parts, samples, size)])}
 
     def _finish(self, table: CostTable, values: Mapping[str, Tensor]) -> Summary:
         with tempfile.TemporaryDirectory() as scratch:

@@ -4,8 +4,8 @@ A worker group is one `TorchTrainer`. Running it again under the same folder and
 whatever ended it; one that had finished is not run again.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import floor
 from typing import Any
@@ -56,12 +56,14 @@ def finetune(config: RunConfig) -> Summary:
     encoded, assigned = root.join("encoded", "train"), root.join("assigned")
     check_group(config.finetune, "finetune", config.encode)
     everything = _stream(config, encoded, config.finetune)
-    stages = [
-        FinetuneStage(config, replace(everything, parts=parts, assigned=assigned, code=code), f"{code:02d}")
+    streams = {
+        f"{code:02d}": replace(everything, parts=parts, assigned=assigned, code=code)
         for code, parts in enumerate(parts_by_code(assigned, assigned_router(root).num_codes))
-    ]
-    stages += [FinetuneStage(config, everything, name) for name in config.cut.baselines]
-    return {"networks": fit_all(stages, root.join("finetuned", "checkpoints"))}
+    }
+    streams |= dict.fromkeys(config.cut.baselines, everything)
+    stages = {network: FinetuneStage(config, stream, network) for network, stream in streams.items()}
+    at_once = _groups_at_once(config.finetune, config.encode)
+    return {"networks": fit_all(stages, root.join("finetuned", "checkpoints"), at_once)}
 
 
 def fit(stage: Stage, runs: Store, name: str) -> Summary:
@@ -91,25 +93,23 @@ def fit(stage: Stage, runs: Store, name: str) -> Summary:
     return summary
 
 
-def fit_all(stages: Sequence[FinetuneStage], runs: Store) -> list[Summary]:
-    """Run several worker groups, as many at once as the cluster has room for; one that failed is run again alone."""
+def fit_all(stages: Mapping[str, Stage], runs: Store, at_once: int) -> list[Summary]:
+    """Run a worker group for each name, `at_once` side by side; one that failed is run again alone."""
     summaries: dict[str, Summary] = {}
-    with (
-        ThreadPoolExecutor(_groups_at_once(stages[0].training, stages[0].config.encode)) as threads,
-        Progress("finetune", len(stages)) as progress,
-    ):
+    with ThreadPoolExecutor(at_once) as threads, Progress("finetune", len(stages)) as progress:
         progress.update(0)
-        running: dict[str, Future[Summary]] = {s.network: threads.submit(fit, s, runs, s.network) for s in stages}
-        for stage in stages:
+        running = {name: threads.submit(fit, stage, runs, name) for name, stage in stages.items()}
+        for name, summary in running.items():
             try:
-                summaries[stage.network] = running[stage.network].result()
+                summaries[name] = summary.result()
             except TrainingFailedError:
                 continue  # its turn comes again when the others are done
             progress.update(len(summaries))
-    for stage in stages:
-        if stage.network not in summaries:
-            summaries[stage.network] = fit(stage, runs, stage.network)
-    return [summaries[stage.network] for stage in stages]
+    for name, stage in stages.items():
+        if name not in summaries:
+            print(f"[{stage.name}] failed beside the others: once more alone", flush=True)
+            summaries[name] = fit(stage, runs, name)
+    return [summaries[name] for name in stages]
 
 
 def check_group(training: TrainingConfig, where: str, encode: EncodeConfig) -> None:
