@@ -108,9 +108,7 @@ def _publish(router: Router, target: Store) -> None:
         target.publish(Path(scratch) / "router", "router", last=("router.json",))
 
 
-def _route_all(
-    config: RunConfig, encoded: Store, target: Store, names: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
+def _route_all(config: RunConfig, encoded: Store, target: Store, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """How many captions each code of the router in `target` gets, and a histogram of how familiar they are to it;
     their codes are written on the way."""
     items = [{"name": name} for name in names]

@@ -130,8 +130,9 @@ class Encoder:
         latents[wanted] = encoded_now
         captions = table["captions"].to_pylist()
         faults, details = table["fault"].to_pylist(), table["detail"].to_pylist()
-        for row, finite in enumerate(np.isfinite(latents).all((1, 2, 3)).tolist()):
-            if not finite and not faults[row]:
+        finite = np.isfinite(latents).reshape(len(latents), -1).all(1)
+        for row in map(int, np.flatnonzero(~finite)):
+            if not faults[row]:
                 faults[row], details[row] = "image", "the autoencoder's numbers are not finite in half precision"
         encoded = encoded_table(
             table["position"], table["key"], latents, captions, self._embed(captions), table["tags"]
