@@ -207,7 +207,7 @@ def bare_encode(config: RunConfig, files: list[SourceFile]) -> float:
     for file in files:
         rows: list[dict[str, Any]] = []
         for sample in FORMATS[".tar.gz"](store, file.name):
-            rows.append({"split": file.split, "position": done + len(rows), **source_row(sample)})
+            rows.append({"split": file.split, "position": done + len(rows), **source_row(sample, None)})
             if len(rows) == config.encode.batch_size:
                 encoder(decode_rows(config.data.image_size, pa.Table.from_pylist(rows)))
                 done, rows = done + len(rows), []

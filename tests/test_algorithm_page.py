@@ -3,6 +3,7 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from aptp import FinetuningConfig, PruningConfig, RouterConfig
 
@@ -42,7 +43,7 @@ def test_every_fault_has_its_test() -> None:
 
 def test_the_options_that_differ_are_options_and_what_paper_sets_is_listed() -> None:
     listed = {name for row in rows_below("## Where we differ, and why") for name in re.findall(r"`(\w+)`", row[0])}
-    configs = (RouterConfig(), PruningConfig(), FinetuningConfig())
+    configs: tuple[Any, ...] = (RouterConfig(), PruningConfig(), FinetuningConfig())
     known = {field.name for config in configs for field in fields(config)} | {"depth_order", "read_space"}
     assert listed <= known
     papers = (RouterConfig.paper(), PruningConfig.paper(), FinetuningConfig.paper())
