@@ -17,8 +17,8 @@ LIBRARY = [
     "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = [
-    "storage", "config", "progress", "capacity", "lease", "path", "models", "data", "teacher", "train", "cutting",
-    "report", "scoring", "evaluation", "publishing", "tuner", "job", "cluster", "gallery", "demo",
+    "guarded", "storage", "config", "progress", "capacity", "lease", "path", "models", "data", "teacher", "train",
+    "cutting", "report", "scoring", "evaluation", "publishing", "tuner", "job", "cluster", "gallery", "demo",
 ]  # fmt: skip
 FORBIDDEN_IN_LIBRARY = {"ray", "deepspeed", "yaml", "fastapi", "httpx", "s3fs", "fsspec", "pyarrow", "aptp_platform"}
 HOMES = {  # where a dependency may be imported, as path prefixes below platform/aptp_platform

@@ -27,6 +27,8 @@ import fsspec
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
+from aptp_platform.guarded import GuardedFile
+
 MARKERS = ("stage.json", "release.json")
 _SCHEMES = ("s3", "gs")
 _CONNECT_SECONDS = 5
@@ -156,7 +158,11 @@ class Store:
         if mode == "rb":
             with self._one_line(name):
                 stream = self._fs.open(self._path(name), "rb")
-            with stream if self.is_local else io.BufferedReader(_Guarded(stream, self, name), _BUFFER) as opened:
+            with (
+                stream
+                if self.is_local
+                else io.BufferedReader(GuardedFile(stream, lambda: self._one_line(name)), _BUFFER) as opened
+            ):
                 yield opened
             return
         target = Path(self._path(name))
@@ -347,35 +353,6 @@ class Store:
                 raise StoreError(f"{shown}: {_reason(error)}{fix}") from None
             at = f" at storage.endpoint {self.config.endpoint}" if self.config.endpoint else ""
             raise StoreError(f"{shown}: not reachable{at} ({_reason(error)}): check the endpoint and region") from None
-
-
-class _Guarded(io.RawIOBase):
-    """A remote file whose reads fail with one line, so that nobody takes a lost connection for a damaged file."""
-
-    def __init__(self, stream: Any, store: Store, name: str) -> None:
-        self._stream, self._store, self._name = stream, store, name
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._stream.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        with self._store._one_line(self._name):
-            data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 def _put_in_place(source: Path, target: Path) -> None:
