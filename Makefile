@@ -13,7 +13,7 @@ export TRANSFORMERS_VERBOSITY := error
 # Everything that Ray starts looks `python` up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup check test soak bench-serve bench-train demo serve lock clean
+.PHONY: help setup check test soak bench-aptp bench-serve bench-train demo serve lock clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -41,6 +41,9 @@ check: setup ## ruff, format, mypy, import rules
 
 test: setup ## the whole suite
 	$(BIN)/pytest
+
+bench-aptp: setup ## the library's speed and memory as ratios beside their targets; some 15 minutes, 12 GB
+	$(BIN)/python -m benchmarks.library
 
 soak: setup ## load and faults against a server, as long as they need to be believed
 	$(BIN)/pytest --soak tests/aptp_platform/test_serve_faults.py

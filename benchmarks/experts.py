@@ -1,21 +1,20 @@
 """Does slicing pay? Each expert of a release against the teacher: MACs, parameters and CPU seconds, interleaved.
 
-    .venv/bin/python benchmarks/experts.py runs/demo/release
+    .venv/bin/python -m benchmarks.experts runs/demo/release
 
 Times are process CPU seconds of one forward pass, the minimum over the rounds, networks taking turns. Efficiency is the
 realised speed-up over the one that the MACs promise; a small network is bound by overhead, a full-size one is not.
 """
 
 import argparse
-import json
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from aptp import read_release
-from aptp.pipeline import AptpPipeline
+from aptp import AptpPipeline, read_release
+from benchmarks.clock import cpu_seconds, write_results
+from benchmarks.library import forward_of
 
 
 def main() -> None:
@@ -33,7 +32,9 @@ def main() -> None:
             f"error: release: {args.release} was published without its teacher; publish it with the teacher"
         )
     networks = {"teacher": teacher} | {f"{code:02d}": pipeline.expert(code) for code in range(release.num_codes)}
-    seconds = measure(networks, args.batch, release.info.latent_size, release.info.num_text_tokens, args.rounds)
+    height, width = release.info.latent_size
+    forward = forward_of(teacher, (height, width), release.info.num_text_tokens, args.batch)
+    seconds = cpu_seconds({name: partial(forward, network) for name, network in networks.items()}, args.rounds)
     ratios = {"teacher": 1.0} | {f"{index:02d}": code.ratio for index, code in enumerate(release.codes)}
     rows = []
     print(f"{'network':8} {'MACs':>6} {'params':>7} {'CPU s':>8} {'speed-up':>9} {'efficiency':>11}")
@@ -44,27 +45,7 @@ def main() -> None:
         efficiency = speedup * ratios[name]
         rows.append(row | {"speedup": speedup, "efficiency": efficiency})
         print(f"{name:8} {ratios[name]:6.3f} {share:7.3f} {seconds[name]:8.4f} {speedup:8.2f}x {efficiency:11.2f}")
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / "experts.json").write_text(json.dumps(rows, indent=2) + "\n")
-
-
-@torch.no_grad()
-def measure(
-    networks: dict[str, Any], batch: int, latent_size: tuple[int, int], tokens: int, rounds: int
-) -> dict[str, float]:
-    """The least CPU seconds of a forward pass of each network, over rounds in which they take turns."""
-    config = networks["teacher"].config
-    latents = torch.randn(batch, config.in_channels, *latent_size)
-    texts = torch.randn(batch, tokens, config.cross_attention_dim)
-    timesteps = torch.full((batch,), 500)
-    best = dict.fromkeys(networks, float("inf"))
-    for _ in range(rounds):
-        for name, network in networks.items():
-            started = time.process_time()
-            network(latents, timesteps, encoder_hidden_states=texts)
-            best[name] = min(best[name], time.process_time() - started)
-    return best
+    print(write_results("experts", [], networks=rows))
 
 
 if __name__ == "__main__":
