@@ -53,8 +53,9 @@ def test_a_full_spill_disk_is_one_line() -> None:
     """Ray calls a disk full from a share on that is configured; here the one that there is lies above it."""
     environment = {**os.environ, "PYTHONPATH": PATHS, "RAY_local_fs_capacity_threshold": "0.0001"}
     run = subprocess.run(
-        [sys.executable, "-c", FILL], cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", FILL],
+        cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
     assert run.returncode == 2, run.stderr[-2000:]
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: ray: the object store of a node is full, and so is the disk that it spills to: make")
