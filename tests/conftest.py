@@ -18,10 +18,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 from fault_proxy import fault_proxy
 from local_ray import local_ray
 from s3_server import s3_server
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 __all__ = ["fault_proxy", "local_ray", "s3_server"]
 
