@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -40,8 +41,17 @@ def contenders(release: Release, small: Release) -> Iterator[tuple[dict[str, Tar
             (litserve_python, "peer_litserve.py", litserve_port),
         )
     ]
+    # Ray makes its workers nice, and the peers are not.
+    os.environ.update(RAY_worker_niceness="0", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
     try:
-        ray.init(address="local", num_cpus=8, object_store_memory=300_000_000, include_dashboard=False)
+        ray.init(
+            address="local",
+            num_cpus=8,
+            object_store_memory=300_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
         serve.start(http_options={"host": "127.0.0.1", "port": serve_port})
         base = f"http://127.0.0.1:{serve_port}"
         serve.run(build(server_args(release, teacher=True)), name="aptp", route_prefix="/")

@@ -1,7 +1,5 @@
 """What the server adds to Ray Serve: its ingress and router before an expert that does nothing, beside a bare chain."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +13,7 @@ from aptp_platform.serve.orders import Order, Picture
 from aptp_platform.serve.released import ReleaseSource
 from aptp_platform.serve.router import Router
 
+# No postponed annotations in this file: FastAPI reads the type of `request`.
 _OPTIONS: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64}
 _chain = FastAPI()
 
@@ -51,7 +50,7 @@ class ChainExpert:
 class ChainRouter:
     """Its middle."""
 
-    def __init__(self, expert: DeploymentHandle[Any]) -> None:
+    def __init__(self, expert: "DeploymentHandle[Any]") -> None:
         self._expert = expert
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +61,7 @@ class ChainRouter:
 class ChainIngress:
     """Its HTTP end."""
 
-    def __init__(self, router: DeploymentHandle[Any]) -> None:
+    def __init__(self, router: "DeploymentHandle[Any]") -> None:
         self._router = router
 
     @_chain.post("/v1/images/generations")
