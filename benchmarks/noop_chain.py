@@ -11,7 +11,6 @@ from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.ingress import Ingress
 from aptp_platform.serve.orders import Order, Picture
 from aptp_platform.serve.released import ReleaseSource
-from aptp_platform.serve.router import Router
 
 # No postponed annotations in this file: FastAPI reads the type of `request`.
 _OPTIONS: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64}
@@ -29,13 +28,15 @@ class NoopExpert:
 
 
 def server(args: ServeArgs) -> Application:
-    """The server's own ingress and router before no-op experts."""
+    """The server's own ingress and router before a no-op expert that stands for every code."""
+    from aptp_platform.serve.router import Router  # with torch, which the other replicas do without
+
     source = ReleaseSource(args.release)
     catalog = source.catalog(with_teacher=False)
-    names = {model.name: f"Noop-{index:02d}" for index, model in enumerate(catalog.models)}
-    experts = {model: serve.deployment(name=name, **_OPTIONS)(NoopExpert).bind() for model, name in names.items()}
+    expert = serve.deployment(name="Noop", **_OPTIONS)(NoopExpert).bind()
+    names = [model.name for model in catalog.models]
     router = serve.deployment(name="Router", **_OPTIONS)(Router).bind(
-        source, catalog, args, experts, names, dict.fromkeys(names, 1)
+        source, catalog, args, dict.fromkeys(names, expert), dict.fromkeys(names, "Noop"), dict.fromkeys(names, 1)
     )
     return serve.deployment(name="Ingress", **_OPTIONS)(Ingress).bind(router, catalog, args)
 
