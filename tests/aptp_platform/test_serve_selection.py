@@ -74,7 +74,8 @@ def test_budget_and_deadline_hold_together() -> None:
 
 
 def test_a_queue_counts_and_makes_the_refusal_a_temporary_one() -> None:
-    busy = replace(IDLE, loads={model.name: ModelLoad(8, 20 * model.ratio) for model in CATALOG.models})
+    loads = {model.name: ModelLoad(8, 20 * model.ratio, steps=80) for model in CATALOG.models}
+    busy = replace(IDLE, loads=loads)
     assert choose(replace(ORDER, deadline_ms=300), NEAR_0, busy).model == "code-00"
     with pytest.raises(Refusal, match="code-00 in about 300 ms") as caught:
         choose(replace(ORDER, deadline_ms=150), NEAR_0, busy)
@@ -83,6 +84,14 @@ def test_a_queue_counts_and_makes_the_refusal_a_temporary_one() -> None:
     with pytest.raises(Refusal) as caught:
         choose(replace(ORDER, deadline_ms=50), NEAR_0, busy)
     assert (caught.value.status, caught.value.retry) == (422, False)
+
+
+def test_long_orders_before_it_count_as_long() -> None:
+    place_free = replace(IDLE, loads={"code-00": ModelLoad(3, 10.0, steps=300)})
+    full = replace(IDLE, loads={"code-00": ModelLoad(4, 10.0, steps=400)})
+    code = CATALOG.models[0]
+    assert place_free.expected_ms(ORDER, code) == 100, "it joins at the next step"
+    assert full.expected_ms(ORDER, code) == 100 + 400 / 4 * 10
 
 
 def test_a_busy_code_overflows_to_the_nearest_of_its_size_with_room() -> None:

@@ -133,15 +133,16 @@ class Catalog:
 class ModelLoad:
     """A model as a router sees it now.
 
-    running: images ordered and not there yet. step_ms: of one denoising step of an image, in the company that it had;
-    None before the first. replicas: that run; None before it is known. batch_limit: samples that one of them denoises
-    together; None before it told.
+    running: images ordered and not there yet; steps: all denoising steps of those, done or not. step_ms: of one
+    denoising step of an image, in the company that it had; None before the first. replicas: that run; None before it is
+    known. batch_limit: samples that one of them denoises together; None before it told.
     """
 
     running: int = 0
     step_ms: float | None = None
     replicas: int | None = None
     batch_limit: int | None = None
+    steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ class Router:
                 self._step_ms.get(model.name),
                 self._replicas.counts.get(model.name),
                 self._batch_limits.get(model.name),
+                self._steps[model.name],
             )
             for model in self._catalog.models
         }

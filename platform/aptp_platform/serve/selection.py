@@ -78,11 +78,11 @@ class Situation:
         return order.num_inference_steps * step_ms
 
     def expected_ms(self, order: Order, model: ModelFacts) -> float | None:
-        """Milliseconds to one image with the full batches that are before it."""
-        alone = self.alone_ms(order, model)
-        if alone is None:
-            return None
-        return alone * (1 + self.load(model.name).running // self.slots(model.name))
+        """Milliseconds to one image, behind all the steps that are ordered before it if no place is free."""
+        alone, load, slots = self.alone_ms(order, model), self.load(model.name), self.slots(model.name)
+        if alone is None or load.running < slots:
+            return alone
+        return alone * (1 + load.steps / slots / order.num_inference_steps)
 
 
 def decide(orders: Sequence[Order], found: Sequence[Found], situation: Situation) -> list[Choice | Refusal]:
