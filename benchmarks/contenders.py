@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +36,9 @@ def contenders(release: Release, small: Release) -> Iterator[tuple[dict[str, Tar
     serve_port, fastapi_port, litserve_port = free_ports(3)
     litserve_python = ROOT / ".venv-bench/bin/python"
     peers = [
-        subprocess.Popen([python, ROOT / "benchmarks" / script, release.path, str(port), str(STEPS)], env=os.environ)
+        subprocess.Popen(
+            [python, ROOT / "benchmarks" / script, release.path, str(port), str(STEPS)], start_new_session=True
+        )
         for python, script, port in (
             (sys.executable, "peer_fastapi.py", fastapi_port),
             (litserve_python, "peer_litserve.py", litserve_port),
@@ -77,8 +80,9 @@ def contenders(release: Release, small: Release) -> Iterator[tuple[dict[str, Tar
             _wait(target, peers)
         yield targets, (f"{base}/noop", f"{base}/chain")
     finally:
-        for peer in peers:
-            peer.terminate()
+        for peer in peers:  # with the workers of its own, which outlive a plain SIGTERM
+            os.killpg(peer.pid, signal.SIGKILL)
+            peer.wait()
         serve.shutdown()
         ray.shutdown()
 
