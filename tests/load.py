@@ -59,8 +59,12 @@ def memory() -> int:
     return sum(process.memory_full_info().uss for process in replicas())
 
 
-def overload(url: str, body: dict[str, Any], *, seconds: float, factor: float = 3.0) -> Overload:
-    """Sends `factor` times what the server can do, whatever comes back, and looks how it comes out of it."""
+def overload(url: str, body: dict[str, Any], *, seconds: float, factor: float = 3.0, least: int = 72) -> Overload:
+    """Sends `factor` times what the server can do, whatever comes back, and looks how it comes out of it.
+
+    Args:
+        least: so many requests even if that takes longer: a slow machine must fill its queue too.
+    """
     rate = factor * asyncio.run(_capacity(url, body))
     before = memory()
     statuses: Counter[int] = Counter()
@@ -77,7 +81,7 @@ def overload(url: str, body: dict[str, Any], *, seconds: float, factor: float = 
         async with client(url) as http:
             started = time.monotonic()
             tasks: list[asyncio.Task[None]] = []
-            while (elapsed := time.monotonic() - started) < seconds:
+            while (elapsed := time.monotonic() - started) < seconds or len(tasks) < least:
                 while len(tasks) < rate * elapsed:
                     tasks.append(asyncio.create_task(one(http)))
                 await asyncio.sleep(0.005)
