@@ -88,7 +88,10 @@ class Lease:
         )
 
     def _read(self) -> dict[str, Any] | None:
-        return self._store.read_json(self._file) if self._store.exists(self._file) else None
+        try:
+            return self._store.read_json(self._file)
+        except StoreError:  # there is none, or it ended just now; or the bucket is away, which asking again tells
+            return self._store.read_json(self._file) if self._store.exists(self._file) else None
 
     def _write(self) -> None:
         self._beats += 1

@@ -158,12 +158,10 @@ class Store:
         if mode == "rb":
             with self._one_line(name):
                 stream = self._fs.open(self._path(name), "rb")
-            with (
-                stream
-                if self.is_local
-                else io.BufferedReader(GuardedFile(stream, lambda: self._one_line(name)), _BUFFER) as opened
-            ):
-                yield opened
+            if not self.is_local:
+                stream = io.BufferedReader(GuardedFile(stream, lambda: self._one_line(name)), _BUFFER)
+            with stream:
+                yield stream
             return
         target = Path(self._path(name))
         folder = target.parent if self.is_local else Path(tempfile.gettempdir())
@@ -182,8 +180,8 @@ class Store:
             scratch.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
-        with self.open_file(name) as stream:
-            data = stream.read()
+        with self._one_line(name):
+            data = self._fs.cat_file(self._path(name))  # one request: an open file notices that another wrote it anew
         try:
             return json.loads(data)
         except ValueError as error:

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,28 @@ def test_one_that_was_taken_away_says_so(store: Store) -> None:
         with pytest.raises(LeaseError, match="process 3 on there"):
             held.require()
     assert store.list() == ["leases/prune.json"], "it is the other's now"
+
+
+def test_one_that_changes_or_ends_while_it_is_looked_at(store: Store) -> None:
+    ended = threading.Event()
+    beats = [{"id": "another", "beats": beat} for beat in range(3)]
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            for beat in beats:
+                store.write_json("leases/prune.json", beat)
+            store.remove("leases/prune.json")
+
+    with ThreadPoolExecutor(1) as threads:
+        going = threads.submit(come_and_go)
+        try:
+            found = [lease(store)._read()]
+            while len(found) < 300 or not any(found):
+                found.append(lease(store)._read())
+        finally:
+            ended.set()
+        going.result()
+    assert all(each is None or each in beats for each in found)
 
 
 def test_what_a_killed_run_leaves_is_taken_over(tmp_path: Path) -> None:
