@@ -75,15 +75,15 @@ def test_against_another_release_it_says_who_goes_elsewhere(releases: tuple[Rele
     assert f"another code: {told.changed} " in "\n".join(told.lines())
 
 
-def test_hashed_prompts_take_part_when_they_are_known_and_a_torn_line_is_counted(
+def test_hashed_prompts_take_part_when_they_are_known_and_broken_lines_are_counted(
     releases: tuple[Release, Release], tmp_path: Path
 ) -> None:
     write_log(tmp_path, releases[0], plain=False)
     (file,) = tmp_path.iterdir()
     assert not any(prompt in file.read_text() for prompt in PROMPTS[:4])
     with file.open("a") as stream:
-        stream.write('{"time": 17')
+        stream.write('{"outcome": "ok", "prompt": "of another program"}\n[]\n{"time": 17')
     told = replay([file], ReleaseSource(str(releases[0].path)), PROMPTS[:3])
-    assert (told.replayed, told.hashed, told.broken, told.changed) == (3, len(PROMPTS) - 3, 1, 0)
+    assert (told.replayed, told.hashed, told.broken, told.changed) == (3, len(PROMPTS) - 3, 3, 0)
     with pytest.raises(ValueError, match="no decisions there"):
         replay([tmp_path / "nowhere"], ReleaseSource(str(releases[0].path)))

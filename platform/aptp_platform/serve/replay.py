@@ -17,6 +17,10 @@ from aptp_platform.serve.released import ReleaseSource
 from aptp_platform.serve.selection import Found, Situation, choose, find
 
 _BATCH = 256
+_READ = (
+    "prompt", "prompt_sha256", "model", "routed", "reason", "macs", "budget", "images", "num_inference_steps",
+    "unknown",
+)  # fmt: skip
 
 
 @dataclass
@@ -130,7 +134,8 @@ def _lines(places: Sequence[Path], result: Replay) -> Iterator[dict[str, Any]]:
             for text in stream:
                 try:
                     line = json.loads(text)
-                    if line["outcome"]:
-                        yield line
+                    decision = {name: line[name] for name in _READ}
                 except (ValueError, KeyError, TypeError):
                     result.broken += 1
+                else:
+                    yield decision
