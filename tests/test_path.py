@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ from tiny_pipeline import build_pipeline
 from aptp.release import read_release
 from aptp_platform.cluster import free_ports
 from aptp_platform.config import ConfigError, RunConfig, load_config, parse_config, to_tree
+from aptp_platform.evaluation import evaluate
 from aptp_platform.path import STAGES, require_stage, run_stage
 from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
@@ -122,6 +124,13 @@ def test_a_second_run_reuses_every_stage_and_another_config_does_not(config: Run
     assert require_stage("encode", other) == require_stage("encode", config)
     with pytest.raises(ConfigError, match=r"prune: its result .* was made from another config"):
         run_stage("assign", other, said.append)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_evaluation_that_no_cluster_can_hold_is_one_line(config: RunConfig) -> None:
+    wanted = replace(config, evaluate=replace(config.evaluate, gpus_per_network=1.0))
+    with pytest.raises(ConfigError, match=r"^evaluate.gpus_per_network: 1: the cluster has at most 0 GPU: lower it"):
+        evaluate(wanted)
 
 
 def test_a_stage_before_its_inputs_says_which_job_to_run(config: RunConfig, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import ray
 from aptp_platform.config import ConfigError
 
 
-def require_room(where: str, count: str, number: int, shares: Mapping[str, tuple[str, float]], spare: float) -> None:
+def require_room(
+    where: str, count: str | None, number: int, shares: Mapping[str, tuple[str, float]], spare: float
+) -> None:
     """ConfigError if the cluster can never hold `number` of something at once.
 
     Args:
-        where: the config's section. count: the field in it that says the number.
+        where: the config's section. count: the field in it that says the number; None if nothing says it.
         shares: for each resource the field that says what one of them takes, and how much.
         spare: CPUs that the tasks which feed them need beside: without any they would wait for ever.
     """
@@ -22,6 +24,10 @@ def require_room(where: str, count: str, number: int, shares: Mapping[str, tuple
         room = most.get(resource, 0.0)
         if not share or number * share + beside <= room:
             continue
+        if count is None:
+            raise ConfigError(
+                f"{where}.{field}: {share:g}: the cluster has at most {room:g} {resource}: lower it, or add nodes"
+            )
         fitting = floor(max(room - beside, 0.0) / share)
         fix = f"set {where}.{count} to at most {fitting}" if fitting else f"lower {where}.{field}"
         feeding = f" and {beside:g} for the tasks that feed them" if beside else ""

@@ -17,11 +17,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
-from scipy.stats import spearmanr
 from torch import Tensor
 
+from aptp.analysis import rank_correlation
 from aptp.expert import load_expert, read_expert_info
 from aptp.metrics import Lite0, maximum_mean_discrepancy
+from aptp_platform.capacity import require_room
 from aptp_platform.config import RunConfig
 from aptp_platform.data.assign import assigned_router
 from aptp_platform.data.captions import decode_rows, read_captioned, source_files
@@ -54,7 +55,17 @@ class Scores:
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
-    """Score every arm on the held-out rows and publish `evaluated/` (metrics.json, figures, report.html)."""
+    """Score every arm on the held-out rows and publish `evaluated/` (metrics.json, figures, report.html).
+
+    Raises:
+        ConfigError: a network's task is larger than the cluster, or there is no held-out row.
+    """
+    settings = config.evaluate
+    shares = {
+        "CPU": ("cpus_per_network", settings.cpus_per_network),
+        "GPU": ("gpus_per_network", settings.gpus_per_network),
+    }
+    require_room("evaluate", None, 1, shares, spare=0.0)
     root = Store.open(config.root, config.storage)
     held = read_held_out(config, root.join("encoded", "heldout"), config.evaluate.images)
     router = assigned_router(root)
@@ -238,10 +249,8 @@ def _kind_facts(
                 table[kind]["baseline_extra_loss"] = float((losses[baseline] - losses[TEACHER])[mine].mean())
     correlation = None
     if baseline is not None and len(table) > 2 and len({facts["routed_ratio"] for facts in table.values()}) > 1:
-        facts = list(table.values())
-        correlation = float(
-            spearmanr([f["routed_ratio"] for f in facts], [f["baseline_extra_loss"] for f in facts]).statistic
-        )
+        columns = ([facts[name] for facts in table.values()] for name in ("routed_ratio", "baseline_extra_loss"))
+        correlation = rank_correlation(*(torch.tensor(column, dtype=torch.float64) for column in columns))
     return {"table": table, "rank_correlation": correlation}
 
 
