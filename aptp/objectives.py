@@ -3,8 +3,9 @@
 Plain also in that nothing heavy is imported here: a run's configuration holds these, and every process reads that.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ class PruningConfig:
             raise ValueError(f"warmup_steps must not be negative, it is {self.warmup_steps}")
         if not 0 <= self.usage_decay < 1:
             raise ValueError(f"usage_decay must lie in [0, 1), it is {self.usage_decay}")
-        negative = [name for name, value in vars(self).items() if name.endswith("_weight") and value < 0]
-        if negative:
-            raise ValueError(f"{negative[0]} must not be negative, it is {getattr(self, negative[0])}")
+        _require_weights(vars(self))
 
     @classmethod
     def paper(cls, budget: float = 0.6) -> "PruningConfig":
@@ -91,11 +90,15 @@ class FinetuningConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.null_share < 1:
             raise ValueError(f"null_share must lie in [0, 1), it is {self.null_share}")
-        negative = [name for name, value in vars(self).items() if name.endswith("_weight") and value < 0]
-        if negative:
-            raise ValueError(f"{negative[0]} must not be negative, it is {getattr(self, negative[0])}")
+        _require_weights(vars(self))
 
     @classmethod
     def paper(cls) -> "FinetuningConfig":
         """The official objective."""
         return cls(normalise_features=False, null_share=0.0)
+
+
+def _require_weights(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if name.endswith("_weight") and value < 0:
+            raise ValueError(f"{name} must not be negative, it is {value}")

@@ -36,9 +36,7 @@ from aptp_platform.models import check_pipeline, fetch_model, load_vae
 from aptp_platform.progress import Progress
 from aptp_platform.storage import StorageConfig, Store
 
-BLOCK_BYTES = (
-    4 << 20
-)  # what travels at once: small, so that every actor has work soon and rows are written as they come
+BLOCK_BYTES = 4 << 20  # what travels at once: little, so that every actor soon has work and rows are soon written
 PARTIAL = ".partial"
 QUARANTINE = "quarantine.parquet"
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from aptp.release import BrokenReleaseError, Release, file_sha256, read_release
+from aptp.release import MANIFEST, BrokenReleaseError, Release, file_sha256, read_release
 from aptp_platform.serve.orders import TEACHER, Catalog, ModelFacts, code_name
 from aptp_platform.storage import StorageConfig, Store
 
-_MANIFEST: Final = "release.json"
 _TEACHER_FOLDER: Final = "pipeline/unet/"
 
 
@@ -68,7 +67,7 @@ class ReleaseSource:
             models.append(ModelFacts(TEACHER, 1.0, models[0].macs / models[0].ratio, None, None))
         channels = store.read_json("pipeline/vae/config.json")["block_out_channels"]
         height, width = (side * 2 ** (len(channels) - 1) for side in release.info.latent_size)
-        digest, familiar = file_sha256(release.path / _MANIFEST)[:12], release.info.training.get("familiar")
+        digest, familiar = file_sha256(release.path / MANIFEST)[:12], release.info.training.get("familiar")
         return Catalog(digest, (width, height), tuple(models), familiar)
 
     def _fetch(self, wanted: Callable[[str], bool]) -> Release:
@@ -85,11 +84,11 @@ class ReleaseSource:
         root = Path(self.cache or Path(tempfile.gettempdir()) / "aptp-releases")
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root) as scratch:
-            manifest = store.fetch(_MANIFEST, scratch)
+            manifest = store.fetch(MANIFEST, scratch)
             folder = root / file_sha256(manifest)
             with _locked(root / f"{folder.name}.lock"):  # replicas of one node share what one of them fetches
                 folder.mkdir(exist_ok=True)
-                manifest.replace(folder / _MANIFEST)
+                manifest.replace(folder / MANIFEST)
                 files = read_release(folder, verify=False).files
                 for part in sorted({"/".join(name.split("/")[:2]) for name in files if wanted(name)}):
                     if not (folder / part).exists():
