@@ -44,6 +44,7 @@ class AptpPipeline:
             requires_safety_checker=False,
             use_safetensors=True,
             torch_dtype=dtype,
+            low_cpu_mem_usage=False,  # True needs `accelerate`, and warns at length without it
         ).to(device)
         stock.set_progress_bar_config(disable=True)
         self._stock = stock
@@ -68,7 +69,10 @@ class AptpPipeline:
         path = self.release.teacher_path
         if path is None:
             return None
-        return self._load(None, lambda: UNet2DConditionModel.from_pretrained(path, use_safetensors=True))
+        return self._load(
+            None,
+            lambda: UNet2DConditionModel.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False),
+        )
 
     def _load(self, key: int | None, load: Callable[[], nn.Module]) -> nn.Module:
         if key not in self._unets:

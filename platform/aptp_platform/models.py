@@ -128,11 +128,11 @@ def _load_text_encoder(config: ModelConfig, storage: StorageConfig, folder: Path
 
 def _load(kind: Any, folder: Path, part: str, config: ModelConfig) -> Any:
     _require_part(folder, part, config.pipeline)
-    precision = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if kind.__module__.startswith("diffusers"):  # which warns at length where `accelerate` is not installed
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     try:
-        model = kind.from_pretrained(
-            folder / part, use_safetensors=True, local_files_only=True, **{precision: torch.float32}
-        )
+        model = kind.from_pretrained(folder / part, use_safetensors=True, local_files_only=True, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -144,7 +144,7 @@ def load_denoiser(release: Release, index: int | None, *, device: str, dtype: to
     """A code's expert, or for None the teacher, among the frozen parts of the release's pipeline."""
     unet: Any
     if index is None:
-        unet = UNet2DConditionModel.from_pretrained(release.teacher_path, use_safetensors=True)
+        unet = UNet2DConditionModel.from_pretrained(release.teacher_path, use_safetensors=True, low_cpu_mem_usage=False)
     else:
         unet = load_expert(release.expert_path(index))
     parts = StableDiffusionPipeline.from_pretrained(
@@ -153,5 +153,6 @@ def load_denoiser(release: Release, index: int | None, *, device: str, dtype: to
         safety_checker=None,
         requires_safety_checker=False,
         use_safetensors=True,
+        low_cpu_mem_usage=False,  # True needs `accelerate`, and warns at length without it
     ).to(device, dtype)
     return Denoiser(parts.unet, parts.vae, parts.tokenizer, parts.text_encoder, parts.scheduler)

@@ -63,7 +63,8 @@ def finetune(config: RunConfig) -> Summary:
     streams |= dict.fromkeys(config.cut.baselines, everything)
     stages = {network: FinetuneStage(config, stream, network) for network, stream in streams.items()}
     at_once = _groups_at_once(config.finetune, config.encode)
-    return {"networks": fit_all(stages, root.join("finetuned", "checkpoints"), at_once)}
+    summaries = fit_all(stages, root.join("finetuned", "checkpoints"), at_once)
+    return {"networks": len(summaries), "summaries": summaries}
 
 
 def fit(stage: Stage, runs: Store, name: str) -> Summary:
