@@ -137,7 +137,7 @@ def slicing_and_loading(unet: nn.Module, space: PruningSpace, table: CostTable, 
 
         def load() -> float:
             # Tensors of a mapped file are read when they are touched: every page of them is.
-            return sum(float(parameter.view(-1)[::1024].sum()) for parameter in load_expert(folder).parameters())
+            return sum(float(parameter.detach().view(-1)[::1024].sum()) for parameter in load_expert(folder).parameters())
 
         loading = cpu_seconds({"bytes": weights.read_bytes, "expert": load}, rounds)
     return [
