@@ -44,6 +44,7 @@ from aptp_platform.train.stream import Rows, Stream, parts_of
 from aptp_platform.train.trainer import fit
 
 ROOT = Path(__file__).parents[1]
+SHARDS = 4
 BATCH = 16
 STORE_BYTES = 100_000_000  # of the object store while a data set twenty times as large goes through it
 STREAMED = 20
@@ -138,14 +139,16 @@ def main() -> None:
     facts: dict[str, Any] = {"cpus": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory(dir="/tmp") as scratch, running_s3_server() as server:
         bucket, storage = server.bucket("bench"), StorageConfig(endpoint=server.endpoint)
-        for name in ("train-00.tar.gz", "test_concept-00.tar.gz"):
+        for name in (*(f"train-{shard:02d}.tar.gz" for shard in range(SHARDS)), "test_concept-00.tar.gz"):
             with Store.open(bucket, storage).open_file(f"data/{name}", "wb") as stream:
                 stream.write((ROOT / "examples/emoji/shards" / name).read_bytes())
         config = bench_config(bucket, storage, args.steps)
         with local_cluster():
             found["encode_over_bare"], facts["encode"] = measure_encode(config)
+            print(facts["encode"], flush=True)
             run_stage("encode", config)
             found["step_over_bare"], found["input_wait_share"], facts["step"] = measure_steps(config, args.rounds)
+            print(facts["step"], flush=True)
             found["object_store_peak_share"], facts["object_store"] = measure_store(Path(scratch))
         found["submit_to_first_step_s"] = measure_submit(config, Path(scratch))
         found["one_worker_or_two"] = measure_ranks(Path(scratch) / "ranks")
@@ -170,7 +173,7 @@ class local_cluster:  # noqa: N801  # used as a `with` block
 
 
 def bench_config(bucket: str, storage: StorageConfig, steps: int) -> RunConfig:
-    """The demo's pruning, on one shard, from and to a bucket."""
+    """The demo's pruning, on a few shards, from and to a bucket."""
     return parse_config(
         {
             "root": f"{bucket}/run",
@@ -190,10 +193,11 @@ def bench_config(bucket: str, storage: StorageConfig, steps: int) -> RunConfig:
 
 
 def measure_encode(config: RunConfig) -> tuple[float, dict[str, float]]:
-    """Rows a second of the pipeline with one actor, from its second batch on, over those of a plain loop."""
+    """Rows a second of the pipeline with one actor, once its first block is there, over those of a plain loop."""
     files = [file for file in source_files(config.data, config.storage) if file.split == "train"]
     stamps: list[tuple[float, int]] = []
-    for batch in encoded_rows(config, files).iter_batches(batch_size=None, batch_format="pyarrow"):
+    blocks = encoded_rows(config, files).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for batch in blocks:
         stamps.append((time.perf_counter(), len(batch)))
     streamed = sum(rows for _, rows in stamps[1:]) / (stamps[-1][0] - stamps[0][0])
     bare = bare_encode(config, files)
@@ -267,7 +271,7 @@ def measure_store(scratch: Path) -> tuple[float, dict[str, float]]:
 
     def watch() -> None:
         while not over.wait(0.1):
-            used.append(node_stats().store_stats.object_store_bytes_used)
+            used.append(store_stats().object_store_bytes_used)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -275,9 +279,15 @@ def measure_store(scratch: Path) -> tuple[float, dict[str, float]]:
     streamed = sum(rows["latents"].nbytes for rows in stream.batches(BATCH, 0, batches, 0, 1))
     over.set()
     watcher.join()
-    spilled = node_stats().store_stats.spilled_bytes_total
+    spilled = store_stats().spilled_bytes_total
     facts = {"peak_bytes": max(used), "store_bytes": STORE_BYTES, "streamed_bytes": streamed, "spilled_bytes": spilled}
     return max(used) / STORE_BYTES, facts
+
+
+def store_stats() -> Any:
+    """The object store's own figures on the one node."""
+    (node,) = ray.nodes()
+    return node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False).store_stats
 
 
 def measure_submit(config: RunConfig, scratch: Path) -> float:
