@@ -7,6 +7,7 @@ Read the modules in this order; each imports only what stands above it, and data
     backbones, sites        the space of an unmodified network, read from the network itself
     gates, slicing, cost    a network that obeys a code, the smaller network that equals it, and what that costs
     expert                  a sliced network on disk
+    noise                   random numbers that a row gets whoever computes it
     relax, transport        bits with gradients; balanced assignment
     router                  prompts to codes
     losses, objectives      the terms that the two stages minimise, and their weights

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from aptp.gates import block_features
 from aptp.latents import Batch
-from aptp.losses import LossTerms, NoiseSchedule, denoising_loss, feature_loss, output_loss, sample_noise
+from aptp.losses import Gather, LossTerms, NoiseSchedule, alone, denoising_loss, feature_loss, output_loss
+from aptp.noise import Generators, by_lane, sample_noise
 from aptp.objectives import FinetuningConfig
 
 
@@ -65,15 +66,15 @@ class FinetuningStage(nn.Module):
         batch: Batch,
         *,
         step: int = 0,
-        image_generator: torch.Generator | None = None,
+        image_generators: Generators = None,
         code_generator: torch.Generator | None = None,
-        gather: Any = None,
+        gather: Gather = alone,
     ) -> LossTerms:
-        """The terms of one batch; the call is stage 1's, of which only the image generator matters here."""
+        """The terms of one batch; the call is stage 1's, of which step and code generator do not matter here."""
         config = self.config
-        noise, timesteps = sample_noise(batch.latents, len(self.schedule), image_generator)
+        noise, timesteps = sample_noise(batch.latents, len(self.schedule), image_generators)
         noisy = self.schedule.noisy(batch.latents, noise, timesteps)
-        texts = self._drop(batch.text_states, image_generator)
+        texts = self._drop(batch.text_states, image_generators)
 
         with torch.no_grad(), block_features(self.teacher) as taught:
             teacher = self.teacher(noisy, timesteps, texts, return_dict=False)[0]
@@ -84,15 +85,14 @@ class FinetuningStage(nn.Module):
         weight = self.schedule.min_snr_weight(timesteps, config.snr_gamma)
         terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
         if config.feature_weight:
-            terms["feature"] = feature_loss(learnt, taught, normalise=config.normalise_features)
+            terms["feature"] = feature_loss(learnt, taught, normalise=config.normalise_features, gather=gather)
         return LossTerms(terms, {name: getattr(config, f"{name}_weight") for name in terms})
 
     def _drop(
-        self, text_states: Float[Tensor, "batch token text"], generator: torch.Generator | None
+        self, text_states: Float[Tensor, "batch token text"], generators: Generators
     ) -> Float[Tensor, "batch token text"]:
         if self.null_states is None or not self.config.null_share:
             return text_states
-        device = text_states.device if generator is None else generator.device
-        drawn = torch.rand(len(text_states), generator=generator, device=device).to(text_states.device)
-        dropped = (drawn < self.config.null_share)[:, None, None]
+        drawn = by_lane(len(text_states), generators, lambda n, g: torch.rand(n, generator=g, device=g.device))
+        dropped = (drawn < self.config.null_share).to(text_states.device)[:, None, None]
         return torch.where(dropped, self.null_states.to(text_states.dtype), text_states)

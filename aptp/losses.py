@@ -6,7 +6,7 @@ fine-tuning  L = l_task denoising + l_out output + l_feat features
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+Gather = Callable[[Tensor], Tensor]
+
+
+def alone(rows: Tensor) -> Tensor:
+    """The gather of a single worker; that of W workers joins their rows, (B, ...) of each to (W B, ...)."""
+    return rows
 
 
 @dataclass(frozen=True)
@@ -98,16 +105,6 @@ class NoiseSchedule(nn.Module):
         return scale.clamp(max=gamma) / scale
 
 
-def sample_noise(
-    latents: Float[Tensor, "batch channel height width"], num_timesteps: int, generator: torch.Generator | None
-) -> tuple[Float[Tensor, "batch channel height width"], Int[Tensor, " batch"]]:
-    """Noise like the latents and timesteps uniform in 0..num_timesteps-1, drawn on the generator's device."""
-    device = latents.device if generator is None else generator.device
-    noise = torch.randn(latents.shape, generator=generator, device=device)
-    timesteps = torch.randint(num_timesteps, (len(latents),), generator=generator, device=device)
-    return noise.to(latents), timesteps.to(latents.device)
-
-
 def per_sample_error(
     prediction: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]
 ) -> Float[Tensor, " batch"]:
@@ -131,19 +128,22 @@ def output_loss(
     return per_sample_error(student, teacher).mean()
 
 
-def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, normalise: bool = True) -> Float[Tensor, ""]:
+def feature_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, normalise: bool = True, gather: Gather = alone
+) -> Float[Tensor, ""]:
     """Distillation of the blocks' outputs: the mean over layers of each layer's squared difference.
 
-    normalise: each layer's difference is divided by the teacher's power in that layer, so that a layer weighs the same
-    whatever its scale (the sum in the paper is dominated by the layers with the largest activations).
+    normalise: each layer's difference is divided by the teacher's power in that layer, over all workers' rows, so that
+    a layer weighs the same whatever its scale (the sum in the paper is dominated by the layers with the largest
+    activations).
     """
     if len(student) != len(teacher) or not student:
         raise ValueError(f"student and teacher must give the same layers, they gave {len(student)} and {len(teacher)}")
-    layers = []
-    for ours, theirs in zip(student, teacher, strict=True):
-        error = (ours.float() - theirs.float()).square().mean()
-        layers.append(error / theirs.float().square().mean().clamp_min(1e-8) if normalise else error)
-    return torch.stack(layers).mean()
+    errors = torch.stack([(a.float() - b.float()).square().mean() for a, b in zip(student, teacher, strict=True)])
+    if not normalise:
+        return errors.mean()
+    power = torch.stack([theirs.float().square().mean() for theirs in teacher])
+    return (errors / gather(power[None]).mean(0).clamp_min(1e-8)).mean()
 
 
 def resource_loss(ratio: Float[Tensor, ""], budget: float) -> Float[Tensor, ""]:

@@ -1,4 +1,4 @@
-"""Prompts become sentence embeddings z: a frozen sentence transformer with attention-masked mean pooling.
+"""Prompts become sentence embeddings z: a frozen sentence transformer with mean pooling.
 
 The paper uses all-mpnet-base-v2 (768-d) without its final normalisation; any encoder of that family will do.
 """
@@ -8,18 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 _GROUP_SIZE: Final = 64  # rows of one forward pass: enough to fill a core, small enough for a laptop
-
-
-def mean_pooled(
-    states: Float[Tensor, "batch token dim"], attention_mask: Int[Tensor, "batch token"]
-) -> Float[Tensor, "batch dim"]:
-    """The mean of the states of the tokens that are not padding, in fp32."""
-    weight = attention_mask.unsqueeze(-1).to(torch.float32)
-    return (states.float() * weight).sum(1) / weight.sum(1)
 
 
 class PromptEncoder(nn.Module):
@@ -50,11 +42,15 @@ class PromptEncoder(nn.Module):
             raise ValueError(f"{path} holds no config.json: a prompt encoder is a folder as transformers saves it")
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):  # column by column in memory: a sixth faster for a prompt's few tokens
+                module.weight.data = module.weight.data.T.contiguous().T
         return cls(tokenizer, model, max_tokens=max_tokens)
 
     def save(self, path: Path | str) -> None:
         self.tokenizer.save_pretrained(path)
-        self.model.save_pretrained(path, safe_serialization=True)
+        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        self.model.save_pretrained(path, state_dict=state, safe_serialization=True)
 
     @property
     def dim(self) -> int:
@@ -64,7 +60,6 @@ class PromptEncoder(nn.Module):
         """Stays in evaluation mode: a frozen encoder has no dropout."""
         return super().train(False)
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Float[Tensor, "batch dim"]:
         """Sentence embeddings, fp32, not normalised. An empty prompt is legal; a missing one is not."""
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
@@ -79,6 +74,7 @@ class PromptEncoder(nn.Module):
             for start in range(0, len(indices), _GROUP_SIZE):
                 group = indices[start : start + _GROUP_SIZE]
                 ids = torch.tensor([rows[index] for index in group], device=device)
-                mask = torch.ones_like(ids)
-                embeddings[group] = mean_pooled(self.model(input_ids=ids, attention_mask=mask)[0], mask)
+                with torch.inference_mode():
+                    pooled = self.model(input_ids=ids)[0].mean(1)  # of one length, so nothing is padding
+                embeddings[group] = pooled
         return embeddings

@@ -7,10 +7,10 @@
 The UNet is the teacher and the student: one set of weights, no gradient to any of them. The module is single-device
 code. Across workers `gather` joins rows (W workers, each (B, ...), give (W B, ...)); its backward must sum over the
 workers and the trainer average gradients over them, as torch.distributed.nn's all_gather and DDP do: then every term is
-that of the global batch. Code noise must be the same on all workers, image noise must not.
+that of the global batch. Code noise must be the same on all workers; image noise is by lane (`aptp.noise`), so that it
+is not, and yet the same whoever holds a row.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,28 +22,22 @@ from aptp.cost import CostTable
 from aptp.gates import block_features, gated
 from aptp.latents import Batch
 from aptp.losses import (
+    Gather,
     LossTerms,
     NoiseSchedule,
+    alone,
     contrastive_loss,
     denoising_loss,
     feature_loss,
     output_loss,
     pull_loss,
     resource_loss,
-    sample_noise,
     spread,
 )
+from aptp.noise import Generators, gumbel_noise, sample_noise
 from aptp.objectives import PruningConfig
-from aptp.relax import gumbel_noise
 from aptp.router import Router, code_usage
 from aptp.transport import balanced_assignment
-
-Gather = Callable[[Tensor], Tensor]
-
-
-def alone(rows: Tensor) -> Tensor:
-    """The gather of a single worker."""
-    return rows
 
 
 class PruningStage(nn.Module):
@@ -96,17 +90,18 @@ class PruningStage(nn.Module):
         batch: Batch,
         *,
         step: int,
-        image_generator: torch.Generator | None = None,
+        image_generators: Generators = None,
         code_generator: torch.Generator,
         gather: Gather = alone,
     ) -> LossTerms:
-        """image_generator: noise, timesteps and the prompts' gate noise, a worker's own. code_generator: shared."""
+        """image_generators: noise, timesteps and the prompts' gate noise, of this worker's lanes. code_generator:
+        shared by all workers."""
         config, router = self.config, self.router
         warm = step < config.warmup_steps
 
         logits, codes = router(batch.embeddings)
-        code_noise = gumbel_noise(tuple(codes.shape), code_generator).to(codes.device)
-        prompt_noise = gumbel_noise(tuple(logits.shape), image_generator or code_generator).to(codes.device)
+        code_noise = gumbel_noise(codes, code_generator)
+        prompt_noise = gumbel_noise(logits, image_generators)
         sampled_codes = router.gates(codes, code_noise)
         free_codes, free_prompts = router.gates(codes), router.gates(logits)
         sampled_prompts = router.gates(logits, prompt_noise)
@@ -123,7 +118,7 @@ class PruningStage(nn.Module):
 
         gates = sampled_prompts if warm else sampled_codes[assigned]
         mask = router.harden(gates) if config.forward_gates == "hard" else gates
-        terms = self._denoise(batch, mask, image_generator)
+        terms = self._denoise(batch, mask, image_generators, gather)
 
         routed = router.route_logits(logits, codes)
         self._remember(gather(routed.usage().unsqueeze(0)).mean(0))
@@ -159,8 +154,10 @@ class PruningStage(nn.Module):
             },
         )
 
-    def _denoise(self, batch: Batch, mask: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
-        noise, timesteps = sample_noise(batch.latents, len(self.schedule), generator)
+    def _denoise(
+        self, batch: Batch, mask: Tensor, generators: Generators = None, gather: Gather = alone
+    ) -> dict[str, Tensor]:
+        noise, timesteps = sample_noise(batch.latents, len(self.schedule), generators)
         noisy = self.schedule.noisy(batch.latents, noise, timesteps)
         with gated(self.unet, self.space) as gates, block_features(self.unet) as features:
             gates.open()
@@ -174,7 +171,7 @@ class PruningStage(nn.Module):
         weight = self.schedule.min_snr_weight(timesteps, self.config.snr_gamma)
         terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
         if self.config.feature_weight:
-            terms["feature"] = feature_loss(learnt, taught, normalise=self.config.normalise_features)
+            terms["feature"] = feature_loss(learnt, taught, normalise=self.config.normalise_features, gather=gather)
         return terms
 
     @torch.no_grad()

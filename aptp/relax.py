@@ -31,13 +31,6 @@ class Relaxation:
             raise ValueError(f"temperature must be positive, it is {self.temperature}")
 
 
-def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Standard Gumbel noise -ln(-ln u), drawn on the generator's device."""
-    uniform = torch.rand(shape, generator=generator, device=generator.device)
-    tiny = torch.finfo(torch.float32).tiny
-    return -torch.log((-torch.log(uniform.clamp_min(tiny))).clamp_min(tiny))
-
-
 def width_gates(
     logits: Float[Tensor, "batch width"], noise: Float[Tensor, "batch width"] | None, relaxation: Relaxation
 ) -> Float[Tensor, "batch width"]:

@@ -37,6 +37,8 @@ from aptp import (
     save_expert,
     slice_unet,
 )
+from aptp.losses import Gather, alone
+from aptp.noise import Generators
 from benchmarks.clock import Figure, cpu_seconds, machine, peak_growth, print_table, return_freed_memory, write_results
 
 SD21_BASE = {
@@ -137,7 +139,9 @@ def slicing_and_loading(unet: nn.Module, space: PruningSpace, table: CostTable, 
 
         def load() -> float:
             # Tensors of a mapped file are read when they are touched: every page of them is.
-            return sum(float(parameter.detach().view(-1)[::1024].sum()) for parameter in load_expert(folder).parameters())
+            return sum(
+                float(parameter.detach().view(-1)[::1024].sum()) for parameter in load_expert(folder).parameters()
+            )
 
         loading = cpu_seconds({"bytes": weights.read_bytes, "expert": load}, rounds)
     return [
@@ -150,14 +154,16 @@ def slicing_and_loading(unet: nn.Module, space: PruningSpace, table: CostTable, 
 class RouterAlone(PruningStage):
     """A pruning step without its UNet: router, gates, transport, cost and their losses."""
 
-    def _denoise(self, batch: Batch, mask: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def _denoise(
+        self, batch: Batch, mask: Tensor, generators: Generators = None, gather: Gather = alone
+    ) -> dict[str, Tensor]:
         return {"denoising": mask.square().mean()}
 
 
 def step_of(stage: PruningStage, batch: Batch) -> Callable[[], None]:
     def step() -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-        stage(batch, step=1, image_generator=generators[0], code_generator=generators[1]).total.backward()
+        stage(batch, step=1, image_generators=generators[0], code_generator=generators[1]).total.backward()
 
     return step
 

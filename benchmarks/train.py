@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +28,9 @@ import torch
 import yaml
 from ray._private.internal_api import node_stats
 from s3_server import running_s3_server
-from toy_ranks import run_ranks
+from torch import Tensor
 
+from aptp.losses import LossTerms
 from aptp_platform.cluster import LocalCluster
 from aptp_platform.config import RunConfig, StorageConfig, TrainingConfig, dump_config, parse_config
 from aptp_platform.data.captions import FORMATS, SourceFile, decode_rows, source_files
@@ -87,7 +88,7 @@ class ListStream(Stream):
 
 @dataclass(frozen=True)
 class Timed:
-    """Pruning, whose summary is the seconds of each step and each wait of rank 0."""
+    """Pruning, whose summary is what rank 0 saw: the seconds of each step and each wait, and the losses it told."""
 
     inner: PruneStage
     name: str = "prune"
@@ -112,7 +113,7 @@ class Timed:
         return self.inner.depends_on()
 
     def build(self, device: torch.device) -> Work:
-        work, marks = self.inner.build(device), []
+        work, marks, told = self.inner.build(device), [], []
         stream = self.inner.stream
         assert isinstance(stream, TimedStream)
 
@@ -121,9 +122,14 @@ class Timed:
                 marks.append(time.perf_counter())
                 yield batch
 
-        return replace(
-            work, batches=batches, finish=lambda values: {"steps": np.diff(marks).tolist(), "waits": stream.waits}
-        )
+        def facts(terms: LossTerms) -> Mapping[str, float | str]:
+            told.append(float(terms.total))
+            return work.facts(terms)
+
+        def finish(values: Mapping[str, Tensor]) -> dict[str, list[float]]:
+            return {"steps": np.diff(marks).tolist(), "waits": stream.waits, "told": told}
+
+        return replace(work, batches=batches, facts=facts, finish=finish)
 
 
 def main() -> None:
@@ -149,9 +155,10 @@ def main() -> None:
             run_stage("encode", config)
             found["step_over_bare"], found["input_wait_share"], facts["step"] = measure_steps(config, args.rounds)
             print(facts["step"], flush=True)
+            found["one_worker_or_two"], facts["told"] = measure_workers(config)
+            print(facts["told"], flush=True)
             found["object_store_peak_share"], facts["object_store"] = measure_store(Path(scratch))
         found["submit_to_first_step_s"] = measure_submit(config, Path(scratch))
-        found["one_worker_or_two"] = measure_ranks(Path(scratch) / "ranks")
     show(found)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"ratios": found, "bounds": BOUNDS, "facts": facts}, indent=1) + "\n")
@@ -244,7 +251,7 @@ def bare_steps(stage: PruneStage) -> list[float]:
     times = [time.perf_counter()]
     for step, batch in enumerate(work.batches(0, 0, 1)):
         generators = [torch.Generator().manual_seed(2 * step + which) for which in range(2)]
-        noise = dict(zip(("image_generator", "code_generator"), generators, strict=True))
+        noise: dict[str, Any] = dict(zip(("image_generators", "code_generator"), generators, strict=True))
         terms = work.module(batch, step=step, gather=lambda rows: rows, **noise)
         optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
@@ -305,13 +312,20 @@ def measure_submit(config: RunConfig, scratch: Path) -> float:
         return time.monotonic() - begun
 
 
-def measure_ranks(folder: Path) -> float:
-    """The largest relative difference of a step's loss between two ranks and one with their rows, over ZeRO 0-3."""
-    folder.mkdir()
-    (alone,) = run_ranks(1, (0,), folder / "one")
-    both = run_ranks(2, (0, 1, 2, 3), folder / "two")
-    pairs = [(a, b) for found in both for a, b in zip(found["undisturbed"], alone["undisturbed"], strict=True)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+def measure_workers(config: RunConfig) -> tuple[float, dict[str, list[float]]]:
+    """The largest relative difference of the losses that two workers tell, under ZeRO 1 and 3, from one's."""
+    encoded = Store.open(config.root, config.storage).join("encoded", "train")
+    stream, told = TimedStream(encoded, parts_of(encoded), 0), {}
+    cases: tuple[tuple[int, Literal[1, 3]], ...] = ((1, 1), (2, 1), (2, 3))
+    for workers, zero_stage in cases:
+        engine = replace(config.prune.engine, zero_stage=zero_stage)
+        few = replace(config.prune, steps=10, checkpoint_every=10, workers=workers, engine=engine)
+        name = f"{workers} workers, ZeRO {zero_stage}"
+        stage = Timed(PruneStage(replace(config, prune=few), stream))
+        told[name] = fit(stage, Store.open(config.root, config.storage).join("bench"), name.replace(" ", "-"))["told"]
+    (alone, *others) = told.values()
+    pairs = [pair for other in others for pair in zip(other, alone, strict=True)]
+    return max(abs(two - one) / abs(one) for two, one in pairs), told
 
 
 def show(found: Mapping[str, float]) -> None:

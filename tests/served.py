@@ -48,7 +48,7 @@ def serving(folder: Path) -> Iterator[Served]:
             "release": str(release.path),
             "teacher": True,
             "experts": {**small, "max_batch_size": 4, "max_waiting": 4, "max_queued_requests": 8},
-            "router": small,
+            "router": {**small, "target_ms": 800.0},
             "ingress": {"num_cpus": 0.1, "body_timeout_s": 1.0},
             "images": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "sizes": ["24x16"]},
             "decisions": {"folder": str(folder / "decisions"), "prompts": "plain"},

@@ -12,9 +12,9 @@ import aptp
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = [
-    "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "relax", "transport",
-    "router", "losses", "objectives", "pruning", "calibration", "baselines", "finetuning", "release", "publication",
-    "pipeline", "metrics", "analysis",
+    "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "noise", "relax",
+    "transport", "router", "losses", "objectives", "pruning", "calibration", "baselines", "finetuning", "release",
+    "publication", "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = [
     "guarded", "storage", "config", "progress", "capacity", "lease", "path", "models", "data", "teacher", "train",

@@ -29,7 +29,7 @@ def tiny_run(folder: Path, *, num_codes: int = 2, budget: float = 0.7, steps: in
         )
         write_part(root.join("encoded"), f"{name}.parquet", table)
     training = {
-        "steps": steps, "batch_size": 8 // workers, "warmup_steps": 2, "workers": workers, "cpus_per_worker": 0.5,
+        "steps": steps, "batch_size": 8, "warmup_steps": 2, "workers": workers, "cpus_per_worker": 0.5,
         "checkpoint_every": 2, "learning_rate": 0.01,
     }  # fmt: skip
     return parse_config(

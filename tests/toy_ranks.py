@@ -44,7 +44,7 @@ def _rank(rank: int, ranks: int, stages: tuple[Any, ...], port: int, folder: Pat
     found = []
     for stage in stages:
         training = TrainingConfig(
-            batch_size=4 // ranks, learning_rate=1e-2, warmup_steps=3, engine=EngineConfig(zero_stage=stage)
+            batch_size=4, learning_rate=1e-2, warmup_steps=3, engine=EngineConfig(zero_stage=stage)
         )
         undisturbed = _losses(build_engine(GlobalLoss(), training), training, 0, 4)
         engine = build_engine(GlobalLoss(), training)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from aptp.latents import Batch
 from aptp.losses import LossTerms
+from aptp.noise import Generators, by_lane
 from aptp_platform.config import EngineConfig, TrainingConfig
 from aptp_platform.storage import Store
 from aptp_platform.train.loop import Work
+from aptp_platform.train.stream import num_lanes, own_lanes
 
 
 class ToyModule(nn.Module):
@@ -43,11 +45,11 @@ class ToyModule(nn.Module):
         batch: Batch,
         *,
         step: int,
-        image_generator: torch.Generator,
+        image_generators: Generators,
         code_generator: torch.Generator,
         gather: Any,
     ) -> LossTerms:
-        noise = torch.randn(batch.embeddings.shape, generator=image_generator)
+        noise = by_lane(len(batch.embeddings), image_generators, lambda n, g: torch.randn(n, 5, generator=g))
         shared = torch.randn(self.codes.shape, generator=code_generator)
         own = self.linear(self.frozen(batch.embeddings + 0.1 * noise)) @ (self.codes + 0.1 * shared)
         everybody = gather(own)
@@ -86,7 +88,7 @@ class ToyStage:
         module = ToyModule()
         rank = ray.train.get_context().get_world_rank()
         module.register_forward_hook(partial(self._record, rank))
-        return Work(module, self._batches, lambda terms: {}, self._finish)
+        return Work(module, self._batches, self._tell, self._finish)
 
     def _batches(self, start: int, rank: int, ranks: int) -> Iterator[Batch]:
         for number in range(start, 1000):
@@ -96,15 +98,26 @@ class ToyStage:
                 if number == at and rank == ranks - 1 and not done.exists():
                     done.write_text(fault)
                     _cause(fault)
-            rows = torch.randn(4 * ranks, 5, generator=torch.Generator().manual_seed(number))[rank::ranks]
-            yield Batch(rows[:, :4].reshape(4, 1, 2, 2), rows[:, None], rows)
+            size = self.training.batch_size
+            lanes = torch.randn(num_lanes(size, ranks), size // num_lanes(size, ranks), 5, generator=_seeded(number))
+            rows = lanes[list(own_lanes(size, rank, ranks))].flatten(0, 1)
+            yield Batch(rows[:, :4].reshape(-1, 1, 2, 2), rows[:, None], rows)
 
     def _record(self, rank: int, module: nn.Module, arguments: Any, terms: LossTerms) -> None:
         with (self.folder / f"losses-{rank}-{os.getpid()}.jsonl").open("a") as log:
             log.write(json.dumps({name: float(term.detach()) for name, term in terms.terms.items()}) + "\n")
 
+    def _tell(self, terms: LossTerms) -> dict[str, float | str]:
+        with (self.folder / "told.jsonl").open("a") as log:
+            log.write(json.dumps(terms.scalars()) + "\n")
+        return {}
+
     def _finish(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
         return {name: value.tolist() for name, value in values.items()}
+
+
+def _seeded(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
 
 
 def _cause(fault: str) -> None:
@@ -131,7 +144,7 @@ def toy(folder: Path, *, steps: int, every: int = 100, workers: int = 1, zero_st
     folder.mkdir(parents=True, exist_ok=True)
     training = TrainingConfig(
         steps=steps,
-        batch_size=4,
+        batch_size=8,
         learning_rate=1e-2,
         warmup_steps=3,
         checkpoint_every=every,

@@ -83,8 +83,8 @@ class TrainingConfig:
     """A training stage: how long, how fast, on what."""
 
     steps: int = 5000
-    batch_size: int = 64  # a worker's
-    window_rows: int = 8192  # that are shuffled together: a reading task holds them in memory
+    batch_size: int = 64  # of all workers together, so that their number changes nothing but the speed
+    window_rows: int = 8192  # that are shuffled together: the workers' reading tasks hold them in memory
     prefetch_bytes: int = 256_000_000  # of rows on their way to a worker, in the object store
     learning_rate: float = 2e-4
     warmup_steps: int = 100
@@ -285,6 +285,8 @@ def _check(config: RunConfig) -> None:
         stage: TrainingConfig = getattr(config, name)
         for rule in ("steps", "batch_size", "workers", "window_rows", "checkpoint_every", "checkpoints_kept"):
             _rule(getattr(stage, rule) >= 1, f"{name}.{rule}", getattr(stage, rule), "at least 1")
+        shared = stage.batch_size % stage.workers == 0
+        _rule(shared, f"{name}.batch_size", stage.batch_size, f"a multiple of {name}.workers, {stage.workers}")
         least = 64_000_000  # a few blocks
         _rule(stage.prefetch_bytes >= least, f"{name}.prefetch_bytes", stage.prefetch_bytes, f"at least {least}")
         _rule(stage.learning_rate > 0, f"{name}.learning_rate", stage.learning_rate, "above 0")

@@ -32,7 +32,7 @@ def a_stage(config: FinetuningConfig | None = None, keep_every: int = 2) -> Fine
 
 
 def run(stage: FinetuningStage, step: int = 0):
-    return stage(a_batch(), step=step, image_generator=torch.Generator().manual_seed(step))
+    return stage(a_batch(), step=step, image_generators=torch.Generator().manual_seed(step))
 
 
 def test_an_expert_that_lost_nothing_is_its_teacher():

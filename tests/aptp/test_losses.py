@@ -13,9 +13,9 @@ from aptp.losses import (
     feature_loss,
     pull_loss,
     resource_loss,
-    sample_noise,
     spread,
 )
+from aptp.noise import sample_noise
 
 
 def scheduler(prediction_type: str) -> DDPMScheduler:

@@ -14,8 +14,9 @@ from aptp.codes import PruningSpace
 from aptp.cost import CostTable, cost_table
 from aptp.gates import gated
 from aptp.latents import Batch
-from aptp.losses import NoiseSchedule, output_loss, sample_noise
+from aptp.losses import NoiseSchedule, output_loss
 from aptp.metrics import paired_denoising_loss
+from aptp.noise import sample_noise
 from aptp.objectives import PruningConfig
 from aptp.pruning import PruningStage
 from aptp.router import Router, RouterConfig
@@ -54,10 +55,10 @@ def a_batch(count: int = 8, seed: int = 0) -> Batch:
 
 def run(stage: PruningStage, batch: Batch, step: int = 0, **options):
     generators = {
-        "image_generator": torch.Generator().manual_seed(100 + step),
+        "image_generators": torch.Generator().manual_seed(100 + step),
         "code_generator": torch.Generator().manual_seed(200 + step),
     }
-    return stage(batch, step=step, **generators, **options)
+    return stage(batch, step=step, **{**generators, **options})
 
 
 def train(stage: PruningStage, steps: range, optimizer, batch: Batch) -> list[float]:
@@ -124,7 +125,7 @@ def test_the_resource_term_moves_the_ratio_to_the_budget_from_both_sides(unet, s
         budget=0.6, warmup_steps=0, output_weight=0.0, feature_weight=0.0, spread_weight=0.0, largest_weight=0.0
     )
     stage = a_stage(unet, space, table, config, initial_logit=start)
-    stage._denoise = lambda batch, mask, generator: {}  # the budget alone
+    stage._denoise = lambda batch, mask, generators, gather: {}  # the budget alone
     optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.1, weight_decay=0.0)
     ratios = train(stage, range(60), optimizer, a_batch(32))
     assert abs(ratios[0] - 0.6) > 0.1
@@ -249,6 +250,10 @@ def test_a_step_waits_for_the_device_the_same_few_times_whatever_the_network():
     assert counts[0] == counts[1] <= 12  # the transport's: finite input, and convergence every tenth iteration
 
 
+def lane(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
 class Workers:
     """Threads in lockstep; the gathered rows keep every worker's graph, so the backward sums over the workers."""
 
@@ -277,14 +282,15 @@ def test_two_workers_are_one_with_the_global_batch(unet, space, table):
         )
     ]
     whole = a_stage(unet, space, table)
-    expected = run(whole, batch)
+    expected = run(whole, batch, image_generators=[lane(number) for number in range(4)])
     expected.total.backward()
 
     workers, stages = Workers(2), [copy.deepcopy(a_stage(unet, space, table)) for _ in range(2)]
     losses = [None, None]
 
     def work(rank: int) -> None:
-        losses[rank] = run(stages[rank], halves[rank], gather=workers.gather(rank))
+        lanes = [lane(number) for number in (2 * rank, 2 * rank + 1)]
+        losses[rank] = run(stages[rank], halves[rank], gather=workers.gather(rank), image_generators=lanes)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -293,8 +299,11 @@ def test_two_workers_are_one_with_the_global_batch(unet, space, table):
         thread.join()
     (sum(loss.total for loss in losses) / 2).backward()
 
+    for name, term in expected.terms.items():
+        mean = sum(loss.terms[name].item() for loss in losses) / 2
+        assert mean == pytest.approx(term.item(), rel=1e-5, abs=1e-6), name
     for name in ("resource", "spread", "largest", "contrastive"):
-        assert losses[0].terms[name].item() == pytest.approx(expected.terms[name].item(), abs=1e-5)
+        assert losses[0].terms[name].item() == losses[1].terms[name].item()
     assert torch.equal(stages[0].usage, stages[1].usage)
     assert torch.allclose(stages[0].usage, whole.usage)
     gradient = sum(stage.router.predictor.linear.weight.grad for stage in stages)

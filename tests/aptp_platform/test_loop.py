@@ -1,10 +1,13 @@
 """Runs of a toy stage on real worker groups: what is undisturbed, interrupted or killed ends the same."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray.cloudpickle
+import torch
 import toy_stage
 from toy_stage import ToyStage, losses_of, toy
 
@@ -15,8 +18,17 @@ from aptp_platform.train.trainer import fit, fit_all
 ray.cloudpickle.register_pickle_by_value(toy_stage)
 
 
-def run(stage: ToyStage) -> object:
+def run(stage: ToyStage) -> dict[str, Any]:
     return fit(stage, Store.open(stage.folder), "run")
+
+
+def values_of(summary: dict[str, Any]) -> torch.Tensor:
+    return torch.cat([torch.tensor(value).flatten() for value in summary.values()])
+
+
+def told_of(folder: Path) -> list[dict[str, float]]:
+    """What a run told of the batch of all workers."""
+    return [json.loads(line) for line in (folder / "told.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -26,15 +38,21 @@ def test_interrupted_and_killed_runs_end_as_the_undisturbed_one(tmp_path: Path) 
     assert len(losses) == 4
 
     assert run(toy(tmp_path / "halves", steps=2, every=2)) != undisturbed
-    assert run(toy(tmp_path / "halves", steps=4, every=2)) == undisturbed
-    assert losses_of(tmp_path / "halves") == [losses[:2], losses[2:]], "it went on with the rows and noise of step 2"
+    halves = run(toy(tmp_path / "halves", steps=4, every=2, workers=2))
+    assert torch.allclose(values_of(halves), values_of(undisturbed), rtol=1e-5), (
+        "another number of workers, a half each"
+    )
+    told = told_of(tmp_path / "halves")
+    assert [len(each) for each in losses_of(tmp_path / "halves")] == [2, 2], "it went on behind step 2"
+    assert told[0] == told_of(tmp_path / "undisturbed")[0]
+    assert told[-1] == pytest.approx(told_of(tmp_path / "undisturbed")[-1], rel=1e-6), "with its rows and noise"
 
     assert run(toy(tmp_path / "killed", steps=4, every=2, faults=((3, "worker"),))) == undisturbed
     before, after = losses_of(tmp_path / "killed")
     assert before == losses[:3]
     assert after == losses[-len(after) :]
 
-    assert run(toy(tmp_path / "halves", steps=4, every=2)) == undisturbed, "finished: not run again"
+    assert run(toy(tmp_path / "halves", steps=4, every=2)) == halves, "finished: not run again"
     assert len(losses_of(tmp_path / "halves")) == 2
     with pytest.raises(ConfigError, match=r"belong to another config \(note: '', now 'other'\)"):
         run(toy(tmp_path / "halves", steps=6, note="other"))

@@ -1,5 +1,6 @@
-"""The order of the rows: an epoch is a permutation, a later start is a suffix, ranks share an epoch out."""
+"""The order of the rows: an epoch is a permutation, a later start is a suffix, ranks share each batch out."""
 
+from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -69,13 +70,23 @@ def test_an_epoch_is_every_row_once_and_the_next_is_in_another_order_with_other_
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_ranks_share_an_epoch_out_and_never_run_dry(encoded: Store) -> None:
-    stream = Stream(encoded, parts_of(encoded), seed=1, window_rows=ROWS)
-    ranks = [captions_of(stream, 0, 7, rank, 2) for rank in range(2)]
-    assert [len(batches) for batches in ranks] == [7, 7], "3 windows for 2 ranks, yet each has its 7 batches"
-    windows = [list(chain(*batches))[:ROWS] for batches in ranks]
-    numbers = [{caption.split("/")[0] for caption in window} for window in windows]
-    assert numbers[0].isdisjoint(numbers[1])
+def test_any_number_of_ranks_trains_on_the_same_rows(encoded: Store) -> None:
+    stream = Stream(encoded, parts_of(encoded), seed=1, window_rows=12)
+    alone = captions_of(stream, 0, 21, size=4)
+    rows = Counter(caption.split("/")[0] for caption in chain(*alone))
+    assert set(rows.values()) == {4}, "four epochs in windows that end where no epoch does"
+    for ranks in (2, 4):
+        shares = [captions_of(stream, 4, 9, rank, ranks, size=4) for rank in range(ranks)]
+        assert [sorted(chain(*batch)) for batch in zip(*shares, strict=True)] == [sorted(row) for row in alone[4:9]]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ranks_that_no_lanes_suit_share_the_rows_out_too(encoded: Store) -> None:
+    stream = Stream(encoded, parts_of(encoded), seed=1)
+    ranks = [captions_of(stream, 0, 7, rank, 3, size=3) for rank in range(3)]
+    assert {len(batch) for batches in ranks for batch in batches} == {1}
+    numbers = [caption.split("/")[0] for batches in ranks for caption in chain(*batches)]
+    assert len(set(numbers)) == len(numbers) == ROWS * PARTS
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -149,10 +149,11 @@ def load_denoiser(release: Release, index: int | None, *, device: str, dtype: to
         unet = load_expert(release.expert_path(index))
     parts = StableDiffusionPipeline.from_pretrained(
         release.pipeline_path,
-        unet=unet.eval().requires_grad_(False),
+        unet=unet.to(dtype).eval().requires_grad_(False),
         safety_checker=None,
         requires_safety_checker=False,
         use_safetensors=True,
+        torch_dtype=dtype,
         low_cpu_mem_usage=False,  # True needs `accelerate`, and warns at length without it
-    ).to(device, dtype)
+    ).to(device)
     return Denoiser(parts.unet, parts.vae, parts.tokenizer, parts.text_encoder, parts.scheduler)

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping
 
 from ray import serve
+from ray.serve._private.common import ReplicaState
+from ray.serve.context import _get_global_client
 
 _LOG = logging.getLogger("ray.serve")
 
@@ -38,8 +40,11 @@ class ReplicaCounts:
             await asyncio.sleep(self._every_s)
 
     def _count(self) -> dict[str, int]:
-        deployments = serve.status().applications[self._app].deployments
+        # `serve.status()` says the same, but builds every deployment's config anew for it; meanwhile nobody is served.
+        client = _get_global_client()
+        assert client is not None  # a replica runs, so the controller does
+        deployments = client.get_serve_details()["applications"][self._app]["deployments"]
         return {
-            model: deployments[name].replica_states.get("RUNNING", 0)  # type: ignore[call-overload, unused-ignore]
+            model: sum(replica["state"] == ReplicaState.RUNNING for replica in deployments[name]["replicas"])
             for model, name in self._deployments.items()
         }

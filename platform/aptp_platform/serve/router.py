@@ -86,6 +86,8 @@ class Router:
         """The order's images, one a seed."""
         choice = await self.route(order)
         with self._accounted(order, choice):
+            if len(order.seeds) == 1:
+                return choice, [await self._picture(order, choice, order.seeds[0])]
             tasks = [asyncio.ensure_future(self._picture(order, choice, seed)) for seed in order.seeds]
             try:
                 return choice, await asyncio.gather(*tasks)

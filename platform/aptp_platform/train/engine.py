@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
@@ -65,7 +66,7 @@ def build_engine(module: nn.Module, training: TrainingConfig) -> Any:
         model=module,
         optimizer=optimizer,
         config={
-            "train_micro_batch_size_per_gpu": training.batch_size,
+            "train_micro_batch_size_per_gpu": training.batch_size // dist.get_world_size(),
             "gradient_accumulation_steps": settings.gradient_accumulation,
             "gradient_clipping": settings.gradient_clipping,
             "zero_optimization": zero,

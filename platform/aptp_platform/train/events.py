@@ -24,6 +24,11 @@ CELL = 12  # pixels
 USED = (8, 48, 107)  # the colour of a code that all prompts use; white is none
 
 
+def is_told(done: int, start: int, steps: int) -> bool:
+    """Whether a run that began behind step `start` tells what step `done` gave."""
+    return done % LOG_EVERY == 0 or done in (start + 1, steps)
+
+
 class Events:
     """Rank 0 holds one in a `with` block. A run that goes on writes beside the files of the run before.
 
@@ -66,9 +71,7 @@ class Events:
         self._folder.cleanup()
 
     def step(self, done: int, terms: LossTerms) -> None:
-        """Tell what the step just done gave, now and then."""
-        if done % LOG_EVERY and done not in (self._start + 1, self._steps):
-            return
+        """Tell what the step just done gave."""
         before, then = self._last
         self._last = (done, time.monotonic())
         speed = (done - before) * self._images / (self._last[1] - then)

@@ -27,7 +27,8 @@ from aptp_platform.config import TrainingConfig
 from aptp_platform.storage import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
-from aptp_platform.train.events import Events
+from aptp_platform.train.events import Events, is_told
+from aptp_platform.train.stream import own_lanes
 
 NOTICE_EVERY = 10  # steps; all ranks ask together whether a node of theirs is about to go
 
@@ -40,7 +41,7 @@ Summary = dict[str, Any]
 class Work:
     """A stage, built on a worker.
 
-    module: `module(batch, step=, image_generator=, code_generator=, gather=)` gives `LossTerms`; what requires
+    module: `module(batch, step=, image_generators=, code_generator=, gather=)` gives `LossTerms`; what requires
         gradients in it is trained.
     batches: (first, rank, ranks) to that rank's batches from number `first` on, all of one size, without end.
     facts: what is worth a progress line, beside the loss and the speed.
@@ -95,7 +96,8 @@ def train(settings: dict[Any, Any]) -> Summary | None:
     engine, start = _begin(work.module, stage)
     accumulation = training.engine.gradient_accumulation
     batches = work.batches(start * accumulation, rank, ranks)
-    images = training.batch_size * accumulation * ranks
+    images = training.batch_size * accumulation
+    lanes = own_lanes(training.batch_size, rank, ranks)
     saved, noticed, losses = start, False, torch.zeros((), device=device)
     with ExitStack() as stack:
         events = None
@@ -108,7 +110,7 @@ def train(settings: dict[Any, Any]) -> Summary | None:
                 terms = engine(
                     next(batches).to(device),
                     step=step,
-                    image_generator=_noise(stage.seed, number, f"images {rank}"),
+                    image_generators=[_noise(stage.seed, number, f"images {lane}") for lane in lanes],
                     code_generator=_noise(stage.seed, number, "codes"),
                     gather=gather_rows,
                 )
@@ -116,13 +118,15 @@ def train(settings: dict[Any, Any]) -> Summary | None:
                 engine.step()
             done = step + 1
             losses += terms.total.detach()
-            if events is not None:
-                events.step(done, terms)
+            if is_told(done, start, training.steps):
+                told = _averaged(terms)
+                if events is not None:
+                    events.step(done, told)
             regular = done % training.checkpoint_every == 0 or done == training.steps
             urgent = done % NOTICE_EVERY == 0 and not noticed and ray.train.get_preemption_info() is not None
             noticed = noticed or urgent
             if regular or urgent:
-                _hand_over(engine, stage, done, float(losses) / (done - saved))
+                _hand_over(engine, stage, done, float(_mean(losses)) / (done - saved))
                 saved, losses = done, torch.zeros_like(losses)
             if regular:
                 pictures = work.pictures()
@@ -156,6 +160,26 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if dist.get_world_size() == 1 else _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
 
 
+def _averaged(terms: LossTerms) -> LossTerms:
+    """The terms of the batch of all ranks, whose shares are equal; without gradients."""
+    values = {**terms.terms, **terms.metrics}
+    joined = _mean(torch.cat([value.detach().float().flatten() for value in values.values()]))
+    parts = dict(zip(values, joined.split([value.numel() for value in values.values()]), strict=True))
+    found = {name: part.reshape(values[name].shape) for name, part in parts.items()}
+    return LossTerms(
+        {name: found[name] for name in terms.terms}, terms.weights, {name: found[name] for name in terms.metrics}
+    )
+
+
+def _mean(value: Tensor) -> Tensor:
+    """The mean of the ranks' values."""
+    if dist.get_world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 def _begin(module: nn.Module, stage: Stage) -> tuple[Any, int]:
     """The engine, and how many steps are behind it."""
     checkpoint = ray.train.get_checkpoint()
@@ -174,8 +198,8 @@ def _tell(name: str, restored: Restored, ranks: int) -> None:
     line = f"[{name}] goes on from step {restored.step}"
     if ranks != restored.ranks:
         line += (
-            f" with {ranks} workers instead of {restored.ranks}: each reads other rows and draws other noise, so the "
-            "losses are not bit-equal to those of an undisturbed run"
+            f" with {ranks} workers instead of {restored.ranks}: the rows and the noise are the same, but sums are "
+            "formed in another order, so the losses are close to those of an undisturbed run, not bit-equal"
         )
     print(line, flush=True)
 

@@ -1,21 +1,22 @@
 """The rows that a worker trains on, streamed from the encoded Parquet by Ray Data, in an order that its place decides.
 
-    epoch e     the files in an order drawn from (seed, e), cut into windows of some thousand rows;
-                a window's rows in an order drawn from (seed, e, window)
-    the stream  epoch 0, epoch 1, ... without end; rank r of R has its windows r, r + R, r + 2 R, ...
+    epoch e     the rows of all files, the files in an order drawn from (seed, e)
+    the stream  epoch 0, epoch 1, ... without end, cut into equal windows; a window's rows in an order drawn from
+                (seed, window)
+    lanes       of L lanes, lane l has the windows l, l + L, l + 2 L, ...; a batch of all ranks together takes as many
+                rows from each lane, and rank r of R has the lanes r, r + R, ...
 
-So every rank has as many batches as it wants (none waits for another's last one), an epoch goes once through the data
-whatever the number of ranks, and a run that goes on from step s starts reading where step s reads. Ray Train's own
-split of a dataset starts at its first row in every execution, which is why a worker asks for its rows itself.
+So together any number of ranks trains on the same rows (`num_lanes`), and nobody reads what another trains on. Every
+rank has as many batches as it wants, and a run that goes on from step s starts reading where step s reads. Ray Train's
+own split of a dataset starts at its first row in every execution, which is why a worker asks for its rows itself.
 """
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import count, islice
-from typing import Any
+from itertools import islice
+from math import ceil, gcd
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -32,11 +33,24 @@ from aptp_platform.train.source import LatentEncoder, Source
 
 READERS = 2  # tasks of a worker that read ahead
 READER_CPUS = 0.05
+MAX_LANES = 8
 GROUP_ROWS = 256  # that leave a reading task together ...
 BLOCK_BYTES = 8 << 20  # ... or several groups, if they are small
 SAMPLED_FILES = 16
 
 Rows = dict[str, np.ndarray]
+
+
+def num_lanes(batch_size: int, ranks: int) -> int:
+    """Lanes of the stream: as many of eight as divide the batch of all ranks, whose number then changes nothing if it
+    divides them; else one a rank."""
+    lanes = gcd(batch_size, MAX_LANES)
+    return lanes if lanes % ranks == 0 else ranks
+
+
+def own_lanes(batch_size: int, rank: int, ranks: int) -> range:
+    """The lanes of a rank; its batch is an equal share of rows of each, in this order."""
+    return range(rank, num_lanes(batch_size, ranks), ranks)
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ class Stream:
     seed: int
     assigned: Store | None = None
     code: int | None = None
-    window_rows: int = 8192  # that are shuffled together: a reading task holds them
+    window_rows: int = 8192  # of one window of every lane: what is shuffled together, and what all ranks' tasks hold
     prefetch_bytes: int = 256_000_000  # of rows on their way to a worker, in the object store
     source: Source | None = None  # of the images, where `encoded` holds no latents
 
@@ -67,29 +81,18 @@ class Stream:
 
     def batches(self, batch_size: int, start: int, stop: int, rank: int, ranks: int) -> Iterator[Rows]:
         """Batches `start` to `stop` of this rank: latents (B, 4, h, w), embeddings (B, dim), captions (B), in half
-        precision."""
-        skip, needed = start * batch_size, (stop - start) * batch_size
-        tasks: list[dict[str, str]] = []
-        group: list[tuple[int, list[int], int]] = []
-        grouped = 0
-        for epoch, files in islice(self._windows(), rank, None, ranks):
-            rows = sum(self.parts[file].rows for file in files)
-            if skip >= rows:
-                skip -= rows
-                continue
-            if needed <= 0:
-                break
-            group.append((epoch, files, skip))
-            grouped += rows - skip
-            needed -= rows - skip
-            skip = 0
-            if grouped >= self.window_rows or needed <= 0:
-                tasks.append({"windows": json.dumps(group)})
-                group, grouped = [], 0
-        if not tasks:
+        precision.
+
+        Args:
+            batch_size: rows of all ranks together, a multiple of their number: B = batch_size / ranks.
+        """
+        reader = _Reader(self, batch_size, rank, ranks)
+        windows = range(start // reader.batches, ceil(stop / reader.batches))
+        tasks = [{"window": window, "skip": max(0, start - window * reader.batches)} for window in windows]
+        if start >= stop:
             return
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            partial(_read_windows, self),
+            reader,
             batch_size=None,
             compute=TaskPoolStrategy(size=min(READERS, len(tasks))),
             num_cpus=READER_CPUS,
@@ -110,7 +113,7 @@ class Stream:
         dataset.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
             object_store_memory=self.prefetch_bytes
         )
-        yield from islice(dataset.iter_batches(batch_size=batch_size, prefetch_batches=2), stop - start)
+        yield from islice(dataset.iter_batches(batch_size=batch_size // ranks, prefetch_batches=2), stop - start)
 
     def embeddings(self, limit: int) -> Float[Tensor, "row dim"]:
         """Sentence embeddings of at most `limit` rows, evenly taken from a few files; one caption of each."""
@@ -129,50 +132,80 @@ class Stream:
         """All captions of all rows."""
         return sum(len(allowed) for part in self.parts for _, allowed in _usable(self, part.name, ["key", "captions"]))
 
-    def _windows(self) -> Iterator[tuple[int, list[int]]]:
-        for epoch in count():
-            files: list[int] = []
+    def read(self, window: int, size: int, columns: list[str]) -> list["_Drawn"]:
+        """The rows of a window of some size, in their order, each with the caption of its epoch."""
+        found = [
+            _Drawn(row, allowed[choose_caption(row["key"], len(allowed), epoch, self.seed)])
+            for epoch, file, rows in self._pieces(window * size, (window + 1) * size)
+            for row, allowed in _usable(self, self.parts[file].name, columns, rows)
+        ]
+        return [found[index] for index in np.random.default_rng((self.seed, window)).permutation(size)]
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
+        """Epoch, file and rows of what stands in the stream from one place to another."""
+        length = sum(part.rows for part in self.parts)
+        for epoch in range(start // length, ceil(stop / length)):
+            place = epoch * length
             for file in np.random.default_rng((self.seed, epoch)).permutation(len(self.parts)).tolist():
-                files.append(file)
-                if sum(self.parts[each].rows for each in files) >= self.window_rows:
-                    yield epoch, files
-                    files = []
-            if sum(self.parts[each].rows for each in files):
-                yield epoch, files
+                rows = self.parts[file].rows
+                piece = slice(max(start - place, 0), min(stop - place, rows))
+                if piece.start < piece.stop:
+                    yield epoch, file, piece
+                place += rows
+                if place >= stop:
+                    return
 
 
-def _read_windows(stream: Stream, batch: Rows) -> Iterator[Rows]:
-    """The shuffled rows of a task's windows, each row with the caption chosen for its epoch."""
-    for row in batch["windows"]:
-        for epoch, files, skip in json.loads(row):
-            columns = ["key", "captions", "embeddings", "position" if stream.source else "latents"]
-            usable = [each for file in files for each in _usable(stream, stream.parts[file].name, columns)]
-            order = np.random.default_rng((stream.seed, epoch, files[0])).permutation(len(usable))[skip:]
-            for start in range(0, len(order), GROUP_ROWS):
-                yield _chosen(stream, [usable[index] for index in order[start : start + GROUP_ROWS]], epoch)
+class _Drawn(NamedTuple):
+    row: dict[str, Any]
+    caption: int
 
 
-def _chosen(stream: Stream, rows: list[tuple[dict[str, Any], list[int]]], epoch: int) -> Rows:
-    """Rows as columns, each with its caption of this epoch."""
-    captions = [allowed[choose_caption(row["key"], len(allowed), epoch, stream.seed)] for row, allowed in rows]
-    picked = [(row, caption) for (row, _), caption in zip(rows, captions, strict=True)]
+class _Reader:
+    """What a reading task does: windows of a rank's lanes become the rows of its batches, batch after batch.
+
+    batches: that one window of each lane gives.
+    """
+
+    def __init__(self, stream: Stream, batch_size: int, rank: int, ranks: int) -> None:
+        self.stream, self.lanes = stream, num_lanes(batch_size, ranks)
+        self.own = own_lanes(batch_size, rank, ranks)
+        self.share = batch_size // self.lanes  # rows of a lane in a batch
+        rows = min(stream.window_rows, sum(part.rows for part in stream.parts))
+        self.batches = max(1, rows // (self.lanes * self.share))
+
+    def __call__(self, tasks: Rows) -> Iterator[Rows]:
+        columns = ["key", "captions", "embeddings", "position" if self.stream.source else "latents"]
+        size = self.batches * self.share
+        for window, skip in zip(tasks["window"].tolist(), tasks["skip"].tolist(), strict=True):
+            lanes = [self.stream.read(window * self.lanes + lane, size, columns) for lane in self.own]
+            cuts = [slice(batch * self.share, (batch + 1) * self.share) for batch in range(skip, self.batches)]
+            rows = [drawn for cut in cuts for lane in lanes for drawn in lane[cut]]
+            for start in range(0, len(rows), GROUP_ROWS):
+                yield _columns(self.stream, rows[start : start + GROUP_ROWS])
+
+
+def _columns(stream: Stream, drawn: list[_Drawn]) -> Rows:
     name = "latents" if stream.source is None else "pixels"
-    drawn = [row["latents"] if stream.source is None else stream.source.pixels(row["image"]) for row, _ in picked]
+    images = [row["latents"] if stream.source is None else stream.source.pixels(row["image"]) for row, _ in drawn]
     return {
-        name: np.stack(drawn),
-        "embeddings": np.stack([row["embeddings"][caption] for row, caption in picked]),
-        "captions": np.array([row["captions"][caption] for row, caption in picked]),
+        name: np.stack(images),
+        "embeddings": np.stack([row["embeddings"][caption] for row, caption in drawn]),
+        "captions": np.array([row["captions"][caption] for row, caption in drawn]),
     }
 
 
-def _usable(stream: Stream, part: str, columns: list[str]) -> list[tuple[dict[str, Any], list[int]]]:
-    """Rows of a file that the stream uses, each with the captions that it may use."""
+def _usable(
+    stream: Stream, part: str, columns: list[str], which: slice = slice(None)
+) -> list[tuple[dict[str, Any], list[int]]]:
+    """Rows of a file that the stream uses, or those of them in a slice, each with the captions that it may use."""
     rows = read_part(stream.encoded, part, columns)
     usable = [(row, list(range(len(row["captions"])))) for row in rows]
     if stream.assigned is not None:
         codes = {row["key"]: row["codes"] for row in read_part(stream.assigned, part, ["key", "codes"])}
         allowed = [(row, [i for i, code in enumerate(codes[row["key"]]) if code == stream.code]) for row in rows]
         usable = [(row, captions) for row, captions in allowed if captions]
+    usable = usable[which]
     if stream.source is not None and "position" in columns:
         images = stream.source.images([row["position"] for row, _ in usable])
         for row, _ in usable:
