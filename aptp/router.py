@@ -246,7 +246,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def route_logits(self, logits: Float[Tensor, "batch gate"], codes: Float[Tensor, "code gate"]) -> Routes:
         """Routes given what `forward` returns."""
-        similarities = self.features(self.gates(logits)) @ self.features(self.gates(codes)).T + self.bias
+        phi = self.features(self.gates(torch.cat([logits, codes])))  # at once: for one prompt each call is its overhead
+        similarities = phi[: len(logits)] @ phi[len(logits) :].T + self.bias
         if self.num_codes == 1:
             return Routes(similarities.argmax(1), similarities, torch.zeros_like(similarities[:, 0]))
         best = similarities.topk(2, dim=1).values

@@ -1,6 +1,6 @@
 """The release that the serving benchmark serves: shaped like Stable Diffusion, random weights, a fixed set of codes.
 
-Tiny networks are bound by overhead and narrow ones by what is not pruned (norms, activations), so this one has 60 million
+Tiny networks are bound by overhead, narrow ones by what is not pruned (norms, activations): this one has 60 million
 parameters in wide layers. Nobody looks at its images.
 """
 
@@ -51,7 +51,7 @@ PROMPTS: Final = tuple(
 
 
 def bench_release(path: Path, *, small_encoder: bool = False) -> Release:
-    """The release at `path`, made if it is not there. small_encoder: mere word embeddings in the place of the real one."""
+    """The release at `path`, made if it is not there. small_encoder: mere word embeddings instead of the real one."""
     if not (path / "release.json").exists():
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as scratch:
             torch.manual_seed(0)
