@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +20,21 @@ Kind = Literal["poisson", "bursty"]
 
 @dataclass(frozen=True)
 class Target:
-    """A server under test: where to post, and the body of one request."""
+    """A server under test: where to post, and the body of one request. group: of its processes, if they are stopped
+    while nobody asks it."""
 
     url: str
     body: Callable[[str, int], dict[str, Any]]
+    group: int | None = None
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Lets its processes run meanwhile."""
+        if self.group is not None:
+            os.killpg(self.group, signal.SIGCONT)
+        yield
+        if self.group is not None:
+            os.killpg(self.group, signal.SIGSTOP)
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,8 @@ def play(target: Target, trace: Trace, prompts: Sequence[str]) -> Outcome:
                 *(one(http, start + sent, prompt, seed) for sent, prompt, seed in trace.requests(prompts))
             )
 
-    asyncio.run(main())
+    with target.awake():
+        asyncio.run(main())
     return Outcome(latencies, failed)
 
 
@@ -111,7 +126,8 @@ def capacity(target: Target, seconds: float, prompts: Sequence[str], at_once: in
             await asyncio.gather(*(client(http, number, ends) for number in range(at_once)))
 
     started = time.perf_counter()
-    asyncio.run(main())
+    with target.awake():
+        asyncio.run(main())
     first, last = started + 0.2 * seconds, started + seconds
     return sum(first < each <= last for each in done) / (last - first)
 

@@ -31,19 +31,9 @@ GUIDANCE: Final = 7.5
 
 
 @contextmanager
-def contenders(release: Release, small: Release) -> Iterator[tuple[dict[str, Target], tuple[str, str]]]:
-    """Every server under test, on loopback; and the URLs of the two no-op applications."""
-    serve_port, fastapi_port, litserve_port = free_ports(3)
-    litserve_python = ROOT / ".venv-bench/bin/python"
-    peers = [
-        subprocess.Popen(
-            [python, ROOT / "benchmarks" / script, release.path, str(port), str(STEPS)], start_new_session=True
-        )
-        for python, script, port in (
-            (sys.executable, "peer_fastapi.py", fastapi_port),
-            (litserve_python, "peer_litserve.py", litserve_port),
-        )
-    ]
+def ray_serve() -> Iterator[str]:
+    """Ray Serve on loopback, without any application; its address."""
+    (port,) = free_ports(1)
     # Ray makes its workers nice, and the peers are not.
     os.environ.update(RAY_worker_niceness="0", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
     try:
@@ -55,36 +45,66 @@ def contenders(release: Release, small: Release) -> Iterator[tuple[dict[str, Tar
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-        serve.start(http_options={"host": "127.0.0.1", "port": serve_port})
-        base = f"http://127.0.0.1:{serve_port}"
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@contextmanager
+def noop_applications(base: str, small: Release) -> Iterator[tuple[str, str]]:
+    """The server's own path before a no-op expert, and a bare no-op chain: their URLs."""
+    serve.run(noop_chain.server(server_args(small)), name="noop", route_prefix="/noop")
+    serve.run(noop_chain.chain(), name="chain", route_prefix="/chain")
+    yield f"{base}/noop", f"{base}/chain"
+    serve.delete("noop")
+    serve.delete("chain")
+
+
+@contextmanager
+def contenders(base: str, release: Release) -> Iterator[dict[str, Target]]:
+    """Every server under test. The peers are stopped while they are not the ones that are asked: LitServe's idle
+    processes take a tenth of this machine."""
+    fastapi_port, litserve_port = free_ports(2)
+    scripts = (
+        (sys.executable, "peer_fastapi.py", fastapi_port),
+        (ROOT / ".venv-bench/bin/python", "peer_litserve.py", litserve_port),
+    )
+    fastapi, litserve = peers = [
+        subprocess.Popen(
+            [python, ROOT / "benchmarks" / script, release.path, str(port), str(STEPS)], start_new_session=True
+        )
+        for python, script, port in scripts
+    ]
+    try:
         serve.run(build(server_args(release, teacher=True)), name="aptp", route_prefix="/")
         serve.run(build(server_args(release, batching="requests")), name="whole", route_prefix="/whole")
-        serve.run(noop_chain.server(server_args(small)), name="noop", route_prefix="/noop")
-        serve.run(noop_chain.chain(), name="chain", route_prefix="/chain")
 
         def openai(url: str, model: str) -> Target:
             path = f"{url}/v1/images/generations"
             return Target(path, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": model})
 
-        def plain(port: int) -> Target:
-            return Target(f"http://127.0.0.1:{port}/generate", lambda prompt, seed: {"prompt": prompt, "seed": seed})
+        def plain(port: int, process: subprocess.Popen[bytes]) -> Target:
+            url = f"http://127.0.0.1:{port}/generate"
+            return Target(url, lambda prompt, seed: {"prompt": prompt, "seed": seed}, process.pid)
 
         targets = {
             "experts": openai(base, "auto"),
             "teacher": openai(base, "teacher"),
             "whole requests": openai(f"{base}/whole", "auto"),
-            "fastapi": plain(fastapi_port),
-            "litserve": plain(litserve_port),
+            "fastapi": plain(fastapi_port, fastapi),
+            "litserve": plain(litserve_port, litserve),
         }
         for target in targets.values():
             _wait(target, peers)
-        yield targets, (f"{base}/noop", f"{base}/chain")
+        for peer in peers:
+            os.killpg(peer.pid, signal.SIGSTOP)
+        yield targets
     finally:
         for peer in peers:  # with the workers of its own, which outlive a plain SIGTERM
             os.killpg(peer.pid, signal.SIGKILL)
             peer.wait()
-        serve.shutdown()
-        ray.shutdown()
 
 
 def server_args(release: Release, *, teacher: bool = False, batching: str = "steps") -> ServeArgs:

@@ -17,6 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +32,7 @@ from aptp_platform.serve.released import ReleaseSource
 from aptp_platform.serve.selection import Situation, decide, find
 from benchmarks.arrivals import Kind, Outcome, Target, Trace, capacity, play
 from benchmarks.bench_release import PROMPTS, bench_release
-from benchmarks.contenders import GUIDANCE, STEPS, contenders
+from benchmarks.contenders import GUIDANCE, STEPS, contenders, noop_applications, ray_serve
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks/results/serve.json"
@@ -72,11 +73,13 @@ def main() -> None:
     small = bench_release(args.work / "small-encoder", small_encoder=True)
     known = Measurements(args.work / f"measurements-{args.seconds:g}s.json")
     router = known.get("router", lambda: router_work(release))
-    with contenders(release, small) as (targets, noops):
-        overhead = known.get("overhead", lambda: no_op_overhead(noops))
+    with ExitStack() as stack:
+        base = stack.enter_context(ray_serve())
+        with noop_applications(base, small) as noops:
+            overhead = known.get("overhead", lambda: no_op_overhead(noops))
+        targets = stack.enter_context(contenders(base, release))
         rates = {
-            name: known.get(f"capacity {name}", partial(warm_capacity, target))
-            for name, target in targets.items()
+            name: known.get(f"capacity {name}", partial(warm_capacity, target)) for name, target in targets.items()
         }
         target_s = SLOWER * known.get("alone", lambda: alone_s(targets["fastapi"]))
         bench = Bench(targets, rates, target_s, args.seconds, known)
@@ -221,7 +224,7 @@ def warm_capacity(target: Target) -> float:
 def alone_s(target: Target) -> float:
     """Seconds of an image on an idle server."""
     times = []
-    with httpx.Client(timeout=60) as http:
+    with target.awake(), httpx.Client(timeout=60) as http:
         for seed in range(6):
             started = time.perf_counter()
             http.post(target.url, json=target.body(PROMPTS[seed], seed)).raise_for_status()
