@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -45,6 +46,7 @@ class Router:
         torch.set_num_threads(args.router.num_threads or max(1, int(args.router.num_cpus)))
         self._catalog, self._args, self._experts, self._batch_sizes = catalog, args.router, experts, dict(batch_bounds)
         self._prompts = PromptRouter.load(source.for_router().router_path)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")  # one: a new thread of torch starts cold
         self._running: Counter[str] = Counter()  # images of each model
         self._steps: Counter[str] = Counter()  # denoising steps of those images
         self._step_ms: dict[str, float] = {}
@@ -183,7 +185,9 @@ class Router:
 
     @serve.batch  # type: ignore[untyped-decorator, unused-ignore]
     async def _decide(self, orders: list[Order]) -> list[Choice | Refusal]:
-        found = await asyncio.to_thread(find, self._prompts, [order.prompt for order in orders], self._catalog.familiar)
+        prompts = [order.prompt for order in orders]
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._thread, find, self._prompts, prompts, self._catalog.familiar)
         loads = await self.loads()
         situation = Situation(self._catalog, self._batch_sizes, loads, self._args.target_ms)
         choices = decide(orders, found, situation)
