@@ -15,7 +15,7 @@ import uuid
 from types import TracebackType
 from typing import Any
 
-from aptp_platform.storage import Store, StoreError
+from aptp_platform.storage import MissingError, Store, StoreError
 
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 20.0
@@ -90,8 +90,8 @@ class Lease:
     def _read(self) -> dict[str, Any] | None:
         try:
             return self._store.read_json(self._file)
-        except StoreError:  # there is none, or it ended just now; or the bucket is away, which asking again tells
-            return self._store.read_json(self._file) if self._store.exists(self._file) else None
+        except MissingError:
+            return None
 
     def _write(self) -> None:
         self._beats += 1

@@ -51,6 +51,10 @@ class StoreError(ValueError):
     """A folder or object that cannot be used: one line that says which, why, and what to change."""
 
 
+class MissingError(StoreError):
+    """There is no such object, now."""
+
+
 @dataclass(frozen=True)
 class Store:
     """One folder, local or in a bucket. Names in it are relative, with `/`; `""` is the folder itself."""
@@ -330,7 +334,7 @@ class Store:
         except StoreError:
             raise
         except FileNotFoundError:
-            raise StoreError(f"{shown}: does not exist; check the name, and storage.endpoint for a bucket") from None
+            raise MissingError(f"{shown}: does not exist; check the name, and storage.endpoint for a bucket") from None
         except PermissionError as error:
             fix = "check its permissions"
             if not self.is_local:

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -100,17 +102,23 @@ def test_without_a_cache_the_stream_encodes_the_same_rows_in_the_same_order(conf
         source.images([2 << 32, (2 << 32) + 77])
 
 
-def interrupt_once_there(store: Store, name: str) -> threading.Thread:
-    """^C, as soon as that file is there."""
+@contextmanager
+def interrupted_once_there(store: Store, name: str) -> Iterator[None]:
+    """^C, as soon as that file is there; and again, if it came where Python cannot raise (in a destructor, say)."""
+    over = threading.Event()
 
     def watch() -> None:
         while not store.exists(name):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            over.wait(1.0)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def test_a_bucket_interrupted_in_other_waves_batches_and_actors_gives_the_same_rows(config, summary, s3_server):
@@ -128,8 +136,7 @@ def test_a_bucket_interrupted_in_other_waves_batches_and_actors_gives_the_same_r
         encode=EncodeConfig(batch_size=7, readers=2, actors=2, rows_per_file=5, files_per_wave=2),
     )
     partial = bucket.join("run", "encoded", ".partial")
-    interrupt_once_there(partial, "wave-000000.json")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupted_once_there(partial, "wave-000000.json"):
         encode(remote)
     assert partial.list("wave-*") == ["wave-000000.json"], "it was in the second wave"
     assert not bucket.exists("run/encoded/train")
