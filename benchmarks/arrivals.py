@@ -32,9 +32,11 @@ class Target:
         """Lets its processes run meanwhile."""
         if self.group is not None:
             os.killpg(self.group, signal.SIGCONT)
-        yield
-        if self.group is not None:
-            os.killpg(self.group, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            if self.group is not None:
+                os.killpg(self.group, signal.SIGSTOP)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,10 @@ def test_the_example_is_legal_and_overrides_change_one_value(tmp_path):
         ({**MINIMAL, "purne": {}}, "purne: unknown key; did you mean prune?"),
         (merged(pruning={"budget": 0.7}), "pruning.budget: unknown key; it is said by router.budget"),
         (merged(assign={"min_prompts": 0}), "assign.min_prompts: 0: must be at least 1"),
+        (
+            merged(prune={"batch_size": 10, "workers": 4}),
+            "prune.batch_size: 10: must be a multiple of prune.workers, 4",
+        ),
         (merged(prune={"steps": "many"}), "prune.steps: 'many': Input should be a valid integer"),
         (merged(prune={"engine": {"zero_stage": 4}}), "prune.engine.zero_stage: 4: Input should be 0, 1, 2 or 3"),
         (merged(prune={"steps": 0}), "prune.steps: 0: must be at least 1"),

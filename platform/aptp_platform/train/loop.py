@@ -28,7 +28,7 @@ from aptp_platform.storage import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
 from aptp_platform.train.events import Events, is_told
-from aptp_platform.train.stream import own_lanes
+from aptp_platform.train.stream import num_lanes, own_lanes
 
 NOTICE_EVERY = 10  # steps; all ranks ask together whether a node of theirs is about to go
 
@@ -190,17 +190,25 @@ def _begin(module: nn.Module, stage: Stage) -> tuple[Any, int]:
         engine = build_engine(module, stage.training)
         restored.fill_moments(engine)
         if dist.get_rank() == 0:
-            _tell(stage.name, restored, dist.get_world_size())
+            _tell(stage, restored, dist.get_world_size())
         return engine, restored.step
 
 
-def _tell(name: str, restored: Restored, ranks: int) -> None:
-    line = f"[{name}] goes on from step {restored.step}"
+def _tell(stage: Stage, restored: Restored, ranks: int) -> None:
+    line = f"[{stage.name}] goes on from step {restored.step}"
     if ranks != restored.ranks:
-        line += (
-            f" with {ranks} workers instead of {restored.ranks}: the rows and the noise are the same, but sums are "
-            "formed in another order, so the losses are close to those of an undisturbed run, not bit-equal"
-        )
+        line += f" with {ranks} workers instead of {restored.ranks}: "
+        before, now = (num_lanes(stage.training.batch_size, each) for each in (restored.ranks, ranks))
+        if before == now:
+            line += (
+                "the rows and the noise are the same, but sums are formed in another order, so the losses are close to "
+                "those of an undisturbed run, not bit-equal"
+            )
+        else:
+            line += (
+                f"the stream has {now} lanes instead of {before}, so rows and noise are others and the losses are not "
+                "those of an undisturbed run"
+            )
     print(line, flush=True)
 
 

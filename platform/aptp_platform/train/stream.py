@@ -86,11 +86,11 @@ class Stream:
         Args:
             batch_size: rows of all ranks together, a multiple of their number: B = batch_size / ranks.
         """
+        if start >= stop:
+            return
         reader = _Reader(self, batch_size, rank, ranks)
         windows = range(start // reader.batches, ceil(stop / reader.batches))
         tasks = [{"window": window, "skip": max(0, start - window * reader.batches)} for window in windows]
-        if start >= stop:
-            return
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
             reader,
             batch_size=None,
