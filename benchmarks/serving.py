@@ -26,9 +26,9 @@ import httpx
 import torch
 
 from aptp.release import Release
-from aptp.router import Router
 from aptp_platform.serve.orders import Order
 from aptp_platform.serve.released import ReleaseSource
+from aptp_platform.serve.router import load_prompt_router
 from aptp_platform.serve.selection import Situation, decide, find
 from benchmarks.arrivals import Kind, Outcome, Target, Trace, capacity, play
 from benchmarks.bench_release import PROMPTS, bench_release
@@ -184,7 +184,7 @@ def own_work(router: dict[str, float], overhead: float) -> list[dict[str, Any]]:
 def router_work(release: Release) -> dict[str, float]:
     """Encode and assign, on one core."""
     torch.set_num_threads(1)
-    router = Router.load(release.router_path)
+    router = load_prompt_router(release)
     catalog = ReleaseSource(str(release.path)).catalog(with_teacher=False)
     idle = Situation(catalog, dict.fromkeys((model.name for model in catalog.models), 1))
 

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from aptp_platform.serve.denoising import Denoiser, Sample, SampleSpec
+from aptp_platform.serve.turns import Turns
 
 _SMOOTHING: Final = 0.2  # weight of the newest cycle in the mean cycle time
 
@@ -99,6 +101,7 @@ class StepEngine:
         max_waiting: requests that may wait for a place; one more raises `EngineFullError`.
         whole_requests: newcomers wait until the whole batch is done, as batching servers do that know no steps. It is
             here to be compared with.
+        turns: waits for one before every step, where replicas share a device; None: computes whenever it has to.
         observe: called after every cycle, on the event loop.
     """
 
@@ -109,6 +112,7 @@ class StepEngine:
         max_batch_size: int,
         max_waiting: int,
         whole_requests: bool = False,
+        turns: Turns | None = None,
         observe: Callable[[Cycle], None] | None = None,
     ) -> None:
         if max_batch_size < 1 or max_waiting < 0:
@@ -116,7 +120,7 @@ class StepEngine:
                 f"max_batch_size {max_batch_size} must be at least 1, max_waiting {max_waiting} at least 0"
             )
         self._denoiser, self._whole_requests, self._observe = denoiser, whole_requests, observe
-        self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
+        self._max_batch_size, self._max_waiting, self._turns = max_batch_size, max_waiting, turns
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
@@ -178,32 +182,42 @@ class StepEngine:
         await asyncio.to_thread(self._thread.shutdown)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             self._drop_unwanted()
-            closed = self._whole_requests and bool(self._running)
-            while self._waiting and len(self._running) < self._max_batch_size and not closed:
-                self._running.append(self._waiting.popleft())
-            if not self._running:
+            if not self._running and not self._waiting:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             started = time.monotonic()
-            tickets = list(self._running)
-            try:
-                for ticket, error in await loop.run_in_executor(self._thread, self._admit, tickets, started):
-                    _fail((ticket,), error)
-                    tickets.remove(ticket)
-                    self._running.remove(ticket)
-                due = await loop.run_in_executor(self._thread, self._step, tickets)
-            except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
-                _fail(tickets, fault)
-                self._running.clear()
-                continue
-            for ticket, preview, pixels in due:
-                ticket.deliver(pixels, preview)
-            self._running = [ticket for ticket in self._running if ticket.steps_left]
+            async with self._turns.taken(self._thread) if self._turns else nullcontext():
+                tickets = self._seat()  # those too that came while it was the turn of others
+                await self._cycle(tickets)
             self._account(len(tickets), time.monotonic() - started)
+
+    def _seat(self) -> list[Ticket]:
+        """Who takes part in the next step: those who run, and of those who wait as many as there are places."""
+        self._drop_unwanted()
+        closed = self._whole_requests and bool(self._running)
+        while self._waiting and len(self._running) < self._max_batch_size and not closed:
+            self._running.append(self._waiting.popleft())
+        return list(self._running)
+
+    async def _cycle(self, tickets: list[Ticket]) -> None:
+        """One step of the tickets, those first that are new; nothing, if all of them left."""
+        loop, begun = asyncio.get_running_loop(), time.monotonic()
+        try:
+            for ticket, error in await loop.run_in_executor(self._thread, self._admit, tickets, begun):
+                _fail((ticket,), error)
+                tickets.remove(ticket)
+                self._running.remove(ticket)
+            due = await loop.run_in_executor(self._thread, self._step, tickets)
+        except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
+            _fail(tickets, fault)
+            self._running.clear()
+            return
+        for ticket, preview, pixels in due:
+            ticket.deliver(pixels, preview)
+        self._running = [ticket for ticket in self._running if ticket.steps_left]
 
     def _admit(self, tickets: list[Ticket], now: float) -> list[tuple[Ticket, Exception]]:
         """Starts the newcomers; those that cannot be started, and why."""
@@ -228,6 +242,8 @@ class StepEngine:
             if preview is not None or not sample.steps_left:
                 due.append((ticket, sample, preview))
         pixels = self._denoiser.decode([sample for _, sample, _ in due])
+        if self._turns:
+            self._denoiser.synchronize()
         return [(ticket, preview, image) for (ticket, _, preview), image in zip(due, pixels, strict=True)]
 
     def _account(self, batch_size: int, seconds: float) -> None:

@@ -156,6 +156,11 @@ class Denoiser:
             images.update((id(sample), image) for sample, image in zip(group, pixels, strict=True))
         return [images[id(sample)] for sample in samples]
 
+    def synchronize(self) -> None:
+        """Returns when the device has done all that it was given."""
+        if self._unet.device.type != "cpu":
+            torch.accelerator.synchronize(self._unet.device)
+
     def count_tokens(self, prompt: str) -> int:
         """How many tokens of the prompt the text encoder reads."""
         limit = self._tokenizer.model_max_length

@@ -21,8 +21,10 @@ from aptp_platform.serve.denoising import Denoiser, Sample, SampleSpec
 from aptp_platform.serve.images import encode_image
 from aptp_platform.serve.metrics import ExpertMetrics
 from aptp_platform.serve.orders import RELEASE_CHANGING, TEACHER, Accepted, Catalog, Order, Picture, Refusal
+from aptp_platform.serve.packing import pack_weights
 from aptp_platform.serve.released import ReleaseSource
 from aptp_platform.serve.saturation import saturating_batch
+from aptp_platform.serve.turns import Turns
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOG = logging.getLogger("ray.serve")
@@ -45,6 +47,7 @@ class Expert:
             # Serve gives this many to a replica, whatever batch it settled on.
             max_waiting=args.batch_bound + args.max_waiting - self._batch_limit,
             whole_requests=args.batching == "requests",
+            turns=None if args.turns is None else Turns(_device_name(args.device), args.turns),
             observe=metrics.observe,
         )
 
@@ -156,4 +159,11 @@ def load_denoiser(release: Release, index: int | None, *, device: str, dtype: to
         torch_dtype=dtype,
         low_cpu_mem_usage=False,  # True needs `accelerate`, and warns at length without it
     ).to(device)
+    for module in (parts.unet, parts.vae.decoder, parts.text_encoder):
+        pack_weights(module)
     return Denoiser(parts.unet, parts.vae, parts.tokenizer, parts.text_encoder, parts.scheduler)
+
+
+def _device_name(device: str) -> str:
+    """The same in every process that computes on this device."""
+    return device if device == "cpu" else str(torch.cuda.get_device_properties(device).uuid)

@@ -14,6 +14,7 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from aptp.release import Release
 from aptp.router import Router as PromptRouter
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.calls import call, call_stream
@@ -22,6 +23,7 @@ from aptp_platform.serve.decisions import DecisionLog
 from aptp_platform.serve.drift import DriftMonitor
 from aptp_platform.serve.metrics import RouterMetrics
 from aptp_platform.serve.orders import TEACHER, Accepted, Catalog, Choice, CodeMap, ModelLoad, Order, Picture, Refusal
+from aptp_platform.serve.packing import pack_weights
 from aptp_platform.serve.released import ReleaseSource
 from aptp_platform.serve.replicas import ReplicaCounts
 from aptp_platform.serve.selection import Situation, decide, find
@@ -29,6 +31,14 @@ from aptp_platform.serve.selection import Situation, decide, find
 _SMOOTHING: Final = 0.2  # weight of the newest image in a model's mean step time
 _OTHER_REPLICA_S: Final = 1.0  # in which a model's replica of this release is found, if there is one
 _MAX_RETRY_AFTER_S: Final = 60.0  # clients give up above two minutes
+
+
+def load_prompt_router(release: Release) -> PromptRouter:
+    """The release's router with its encoder, ready to answer on a CPU."""
+    router = PromptRouter.load(release.router_path)
+    assert router.encoder is not None  # a release without one is not published
+    pack_weights(router.encoder.model)
+    return router
 
 
 class Router:
@@ -45,7 +55,7 @@ class Router:
     ) -> None:
         torch.set_num_threads(args.router.num_threads or max(1, int(args.router.num_cpus)))
         self._catalog, self._args, self._experts, self._batch_sizes = catalog, args.router, experts, dict(batch_bounds)
-        self._prompts = PromptRouter.load(source.for_router().router_path)
+        self._prompts = load_prompt_router(source.for_router())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")  # one: a new thread of torch starts cold
         self._running: Counter[str] = Counter()  # images of each model
         self._steps: Counter[str] = Counter()  # denoising steps of those images

@@ -1,0 +1,141 @@
+"""Turns on a device, and weights packed ahead: how replicas share a machine and what a step costs on it."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny_pipeline import build_pipeline
+from torch import nn
+
+from aptp_platform.serve.packing import PackedConv2d, PackedLinear, pack_weights
+from aptp_platform.serve.turns import Turns
+
+HOLDER = """
+import sys, time
+from aptp_platform.serve.turns import Turns
+assert Turns(sys.argv[1], 1).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def device() -> Iterator[str]:
+    """A device of this test's own; its semaphores are removed, which a server leaves to the next one."""
+    name = f"test {os.getpid()} {time.monotonic_ns()}"
+    yield name
+    for at_once in (1, 2):
+        turns = Turns(name, at_once)
+        turns._libc.semctl(turns._id, 0, 0)  # IPC_RMID
+
+
+@pytest.fixture
+def thread() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+def test_no_more_compute_at_once_than_have_a_turn(device: str) -> None:
+    computing = most = 0
+
+    async def replica(steps: int) -> None:
+        nonlocal computing, most
+        turns = Turns(device, 2)  # as every process has its own
+        with ThreadPoolExecutor(1) as executor:
+            for _ in range(steps):
+                async with turns.taken(executor):
+                    computing += 1
+                    most = max(most, computing)
+                    await asyncio.sleep(0.002)
+                    computing -= 1
+
+    async def main() -> None:
+        await asyncio.gather(*(replica(5) for _ in range(5)))
+
+    asyncio.run(main())
+    assert most == 2
+
+
+def test_turns_come_in_the_order_in_which_they_were_asked_for(device: str) -> None:
+    order: list[int] = []
+
+    async def replica(number: int) -> None:
+        with ThreadPoolExecutor(1) as executor:
+            await asyncio.sleep(0.05 * number)
+            async with Turns(device, 1).taken(executor):
+                order.append(number)
+                await asyncio.sleep(0.3 if number == 0 else 0)
+
+    async def main() -> None:
+        await asyncio.gather(*(replica(number) for number in range(4)))
+
+    asyncio.run(main())
+    assert order == [0, 1, 2, 3]
+
+
+def test_a_killed_process_gives_its_turn_back_and_one_that_hangs_is_passed_by(device: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, device], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            impatient = Turns(device, 1, patience_s=0.1)
+            assert not impatient.acquire()
+            holder.send_signal(signal.SIGKILL)
+            assert Turns(device, 1, patience_s=10).acquire()
+            Turns(device, 1).release()
+        finally:
+            holder.kill()
+
+
+def test_who_is_cancelled_while_it_waits_keeps_no_turn(device: str, thread: ThreadPoolExecutor) -> None:
+    turns = Turns(device, 1, patience_s=10)
+    assert turns.acquire()
+
+    async def waits() -> None:
+        async with turns.taken(thread):
+            raise AssertionError("it was cancelled before")
+
+    async def main() -> None:
+        task = asyncio.create_task(waits())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    turns.release()
+    thread.submit(lambda: None).result()  # what waited there has had its turn by now
+    assert turns.acquire()
+    turns.release()
+
+
+@torch.inference_mode()
+def test_a_packed_network_answers_as_its_source_for_any_batch_and_size() -> None:
+    source, packed = (build_pipeline().unet for _ in range(2))
+    packed.load_state_dict(source.state_dict())
+    pack_weights(packed)
+    kinds = [type(module) for module in packed.modules()]
+    assert {PackedConv2d, PackedLinear} <= set(kinds)
+    assert not {nn.Conv2d, nn.Linear} & set(kinds)
+    dim = source.config.cross_attention_dim
+    for rows, height, width, tokens in ((1, 8, 8, 3), (5, 8, 16, 77), (2, 16, 8, 1)):
+        given = (torch.randn(rows, 4, height, width), torch.arange(rows) * 100, torch.randn(rows, tokens, dim))
+        torch.testing.assert_close(packed(*given).sample, source(*given).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_packed_kernel_is_left_alone() -> None:
+    kept = nn.Sequential(
+        nn.Linear(4, 4).half(),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+    )
+    before = list(kept)
+    pack_weights(kept)
+    assert all(one is other for one, other in zip(kept, before, strict=True))
