@@ -38,7 +38,7 @@ ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks/results/serve.json"
 SEEDS: Final = (0, 1, 2)
 KINDS: Final[tuple[Kind, ...]] = ("poisson", "bursty")
-GRID: Final = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of a server's own capacity
+GRID: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of a server's own capacity
 IN_TIME: Final = 0.99
 SLOWER: Final = 3.0  # the target, in images of an idle plain server
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-serve", help="release and measurements so far")
     parser.add_argument("--fresh", action="store_true", help="measure all again")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of one trace")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of one trace")
     args = parser.parse_args()
     if args.fresh:
         shutil.rmtree(args.work, ignore_errors=True)
