@@ -120,13 +120,16 @@ def test_who_is_cancelled_while_it_waits_keeps_no_turn(device: str, thread: Thre
 def test_a_packed_network_answers_as_its_source_for_any_batch_and_size() -> None:
     source, packed = (build_pipeline().unet for _ in range(2))
     packed.load_state_dict(source.state_dict())
-    pack_weights(packed)
-    kinds = [type(module) for module in packed.modules()]
-    assert {PackedConv2d, PackedLinear} <= set(kinds)
-    assert not {nn.Conv2d, nn.Linear} & set(kinds)
     dim = source.config.cross_attention_dim
-    for rows, height, width, tokens in ((1, 8, 8, 3), (5, 8, 16, 77), (2, 16, 8, 1)):
-        given = (torch.randn(rows, 4, height, width), torch.arange(rows) * 100, torch.randn(rows, tokens, dim))
+
+    def inputs(rows: int, height: int, width: int, tokens: int) -> tuple[torch.Tensor, ...]:
+        return torch.randn(rows, 4, height, width), torch.arange(rows) * 100, torch.randn(rows, tokens, dim)
+
+    pack_weights([packed], lambda: packed(*inputs(2, 8, 8, 4)))
+    kinds = {type(module) for module in packed.modules()}
+    assert {PackedConv2d, PackedLinear} <= kinds
+    assert nn.Linear not in kinds
+    for given in (inputs(1, 8, 8, 3), inputs(5, 8, 8, 77), inputs(3, 8, 16, 4)):
         torch.testing.assert_close(packed(*given).sample, source(*given).sample, rtol=1e-4, atol=1e-5)
 
 
@@ -137,5 +140,5 @@ def test_what_has_no_packed_kernel_is_left_alone() -> None:
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
     )
     before = list(kept)
-    pack_weights(kept)
+    pack_weights([kept], lambda: None)
     assert all(one is other for one, other in zip(kept, before, strict=True))

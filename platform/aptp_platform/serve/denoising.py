@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from aptp.latents import encode_texts
+from aptp_platform.serve.packing import pack_weights
 
 _CACHED_TEXTS: Final = 128  # text states kept; the empty negative prompt is nearly always among them
 
@@ -155,6 +156,10 @@ class Denoiser:
             pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8)
             images.update((id(sample), image) for sample, image in zip(group, pixels, strict=True))
         return [images[id(sample)] for sample in samples]
+
+    def pack_weights(self, trial: Callable[[], Any]) -> None:
+        """Makes every step cheaper on a CPU; trial: denoises and decodes once as will mostly be done."""
+        pack_weights((self._unet, self._vae.decoder, self._text_encoder), trial)
 
     def synchronize(self) -> None:
         """Returns when the device has done all that it was given."""

@@ -21,7 +21,6 @@ from aptp_platform.serve.denoising import Denoiser, Sample, SampleSpec
 from aptp_platform.serve.images import encode_image
 from aptp_platform.serve.metrics import ExpertMetrics
 from aptp_platform.serve.orders import RELEASE_CHANGING, TEACHER, Accepted, Catalog, Order, Picture, Refusal
-from aptp_platform.serve.packing import pack_weights
 from aptp_platform.serve.released import ReleaseSource
 from aptp_platform.serve.saturation import saturating_batch
 from aptp_platform.serve.turns import Turns
@@ -38,6 +37,7 @@ class Expert:
         self._catalog, self._model = catalog, model
         index = None if model == TEACHER else [code.name for code in catalog.codes].index(model)
         self._denoiser = load_denoiser(source.for_model(model), index, device=args.device, dtype=_DTYPES[args.dtype])
+        self._denoiser.pack_weights(self._warm_up)
         self._warm_up()
         self._batch_limit = self._measured(args) if args.max_batch_size == "auto" else args.max_batch_size
         metrics = ExpertMetrics(model, self._batch_limit)
@@ -159,8 +159,6 @@ def load_denoiser(release: Release, index: int | None, *, device: str, dtype: to
         torch_dtype=dtype,
         low_cpu_mem_usage=False,  # True needs `accelerate`, and warns at length without it
     ).to(device)
-    for module in (parts.unet, parts.vae.decoder, parts.text_encoder):
-        pack_weights(module)
     return Denoiser(parts.unet, parts.vae, parts.tokenizer, parts.text_encoder, parts.scheduler)
 
 

@@ -7,30 +7,35 @@ replica starts in seconds and every batch and image size runs.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-_IMAGE: Final = (2, 32, 32)  # rows, height and width that the layout is chosen for; it hardly depends on them
-_ROWS: Final = 256
+_ROWS: Final = 256  # that a linear map's layout is chosen for; it hardly depends on them
 
 
 class PackedConv2d(nn.Module):
-    """A convolution without gradients, equal to its source up to rounding."""
+    """A convolution without gradients, equal to its source up to rounding.
 
-    def __init__(self, source: nn.Conv2d) -> None:
+    The layout that is fastest depends on the size of the images, and any other than the kernel's choice is slower than
+    a plain one: images of another size than `shape`'s go through the source.
+    """
+
+    def __init__(self, source: nn.Conv2d, shape: torch.Size) -> None:
         super().__init__()
         assert not isinstance(source.padding, str)
+        self.source, self._size = source, shape[1:]
         self._geometry = (list(source.padding), list(source.stride), list(source.dilation), source.groups)
-        count, *size = _IMAGE
-        shape = (count, source.in_channels, *size)
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(source.weight.detach(), *self._geometry, shape)
-        self._bias = None if source.bias is None else source.bias.detach()
+        weight = source.weight.detach()
+        self._weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry, list(shape))
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != self._size:
+            return self.source(images)
         result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            images, self._weight, self._bias, *self._geometry, "none", [], ""
+            images, self._weight, self.source.bias, *self._geometry, "none", [], ""
         )
         return result
 
@@ -48,24 +53,39 @@ class PackedLinear(nn.Module):
         return result
 
 
-def pack_weights(module: nn.Module) -> None:
-    """Replaces the module's convolutions and linear maps, in place. It must stay on its device, and cannot be saved.
+def pack_weights(modules: Iterable[nn.Module], trial: Callable[[], Any]) -> None:
+    """Replaces the modules' convolutions and linear maps, in place. They must stay on their device, and not be saved.
 
     What has no packed kernel is left as it is: other devices, half precision, a build of PyTorch without oneDNN.
+
+    Args:
+        trial: runs the modules once as they will mostly be run; convolutions are packed for the sizes that they meet.
     """
     if not torch.backends.mkldnn.is_available():
         return
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and _packs(child.weight) and _is_plain(child):
-                setattr(parent, name, PackedConv2d(child))
-            elif type(child) is nn.Linear and _packs(child.weight):
-                setattr(parent, name, PackedLinear(child))
+    places = [
+        (parent, name, child)
+        for module in modules
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if type(child) in (nn.Linear, nn.Conv2d) and _packs(child)
+    ]
+    shapes: dict[nn.Module, torch.Size] = {}
+    hooks = [
+        child.register_forward_pre_hook(lambda module, inputs: shapes.__setitem__(module, inputs[0].shape))
+        for _, _, child in places
+    ]
+    trial()
+    for hook in hooks:
+        hook.remove()
+    for parent, name, child in places:
+        if isinstance(child, nn.Linear):
+            setattr(parent, name, PackedLinear(child))
+        elif isinstance(child, nn.Conv2d) and child in shapes:
+            setattr(parent, name, PackedConv2d(child, shapes[child]))
 
 
-def _packs(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-def _is_plain(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+def _packs(module: Any) -> bool:
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return False
+    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32

@@ -36,8 +36,9 @@ _MAX_RETRY_AFTER_S: Final = 60.0  # clients give up above two minutes
 def load_prompt_router(release: Release) -> PromptRouter:
     """The release's router with its encoder, ready to answer on a CPU."""
     router = PromptRouter.load(release.router_path)
-    assert router.encoder is not None  # a release without one is not published
-    pack_weights(router.encoder.model)
+    encoder = router.encoder
+    assert encoder is not None  # a release without one is not published
+    pack_weights([encoder.model], lambda: encoder.encode(["a prompt"]))
     return router
 
 
