@@ -40,6 +40,7 @@ SEEDS: Final = (0, 1, 2)
 KINDS: Final[tuple[Kind, ...]] = ("poisson", "bursty")
 GRID: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of a server's own capacity
 IN_TIME: Final = 0.99
+TAIL: Final = 4.0  # a p99 needs hundreds of requests, so many times longer traces than a goodput
 SLOWER: Final = 3.0  # the target, in images of an idle plain server
 
 
@@ -133,7 +134,7 @@ class Bench:
             pooled: dict[str, list[Outcome]] = {peer: [], "experts": []}
             for seed in SEEDS:
                 for name, outcomes in pooled.items():
-                    outcomes.append(self._play(name, Trace(kind, seed, 0.7 * self.rates[peer], 1.5 * self.seconds)))
+                    outcomes.append(self._play(name, Trace(kind, seed, 0.7 * self.rates[peer], TAIL * self.seconds)))
             result[peer] = {name: _pooled(outcomes).percentile(0.99) for name, outcomes in pooled.items()}
         return result
 
