@@ -202,7 +202,9 @@ def router_work(release: Release) -> dict[str, float]:
 
 
 def no_op_overhead(targets: tuple[str, str], rounds: int = 8, each: int = 40) -> float:
-    """p50 of the server's path over the bare chain's, one request after the other, in turns."""
+    """p50 of the server's path over the bare chain's, one request after the other, in turns.
+
+    The prompt is one that the router remembers: what it does for a new one is measured by `router_work`."""
     times: dict[str, list[float]] = {url: [] for url in targets}
     with httpx.Client(timeout=60) as http:
         for number in range(rounds + 1):

@@ -1,10 +1,12 @@
-"""Gathering: questions that come while others are answered are answered together, each its own."""
+"""What the router does with prompts that come together, and with those that it knows."""
 
 import asyncio
 
 import pytest
 
+from aptp_platform.serve.finding import Finder
 from aptp_platform.serve.gathering import Gathering
+from aptp_platform.serve.selection import Found
 
 
 def test_one_is_answered_at_once_and_those_that_come_meanwhile_together() -> None:
@@ -51,3 +53,24 @@ def test_a_failure_is_that_of_its_batch_alone_and_who_left_is_not_asked_for() ->
 
     asyncio.run(main())
     assert asked == [["bad"], ["good"]]
+
+
+def test_a_prompt_is_encoded_once_while_it_is_remembered() -> None:
+    asked: list[list[str]] = []
+
+    def find(prompts: list[str]) -> list[Found]:
+        asked.append(prompts)
+        return [Found((float(len(prompt)),)) for prompt in prompts]
+
+    async def main() -> None:
+        finder = Finder(find, remembered=2)
+
+        async def lengths(*prompts: str) -> list[float]:
+            return [found.similarities[0] for found in await finder(prompts)]
+
+        assert await lengths("a", "bbb", "a") == [1, 3, 1]
+        assert await lengths("bbb", "cc") == [3, 2]
+        assert await lengths("bbb", "a") == [3, 1]  # "a" was the one that nobody had asked for lately
+
+    asyncio.run(main())
+    assert asked == [["a", "bbb"], ["cc"], ["a"]]

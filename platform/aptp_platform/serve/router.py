@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from aptp_platform.serve.calls import call, call_stream
 from aptp_platform.serve.codemap import code_map
 from aptp_platform.serve.decisions import DecisionLog
 from aptp_platform.serve.drift import DriftMonitor
+from aptp_platform.serve.finding import Finder
 from aptp_platform.serve.gathering import Gathering
 from aptp_platform.serve.metrics import RouterMetrics
 from aptp_platform.serve.orders import TEACHER, Accepted, Catalog, Choice, CodeMap, ModelLoad, Order, Picture, Refusal
@@ -57,7 +57,7 @@ class Router:
         torch.set_num_threads(args.router.num_threads or max(1, int(args.router.num_cpus)))
         self._catalog, self._args, self._experts, self._batch_sizes = catalog, args.router, experts, dict(batch_bounds)
         self._prompts = load_prompt_router(source.for_router())
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")  # one: a new thread of torch starts cold
+        self._find = Finder(lambda prompts: find(self._prompts, prompts, catalog.familiar))
         self._running: Counter[str] = Counter()  # images of each model
         self._steps: Counter[str] = Counter()  # denoising steps of those images
         self._step_ms: dict[str, float] = {}
@@ -193,9 +193,7 @@ class Router:
             self._decisions.write(order, choice, outcome, seconds)
 
     async def _decide_together(self, orders: list[Order]) -> list[Choice | Refusal]:
-        prompts = [order.prompt for order in orders]
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._thread, find, self._prompts, prompts, self._catalog.familiar)
+        found = await self._find([order.prompt for order in orders])
         loads = await self.loads()
         situation = Situation(self._catalog, self._batch_sizes, loads, self._args.target_ms)
         choices = decide(orders, found, situation)
