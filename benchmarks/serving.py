@@ -38,9 +38,9 @@ ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks/results/serve.json"
 SEEDS: Final = (0, 1, 2)
 KINDS: Final[tuple[Kind, ...]] = ("poisson", "bursty")
-GRID: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of a server's own capacity
+GRID: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a server's own capacity
 IN_TIME: Final = 0.99
-TAIL: Final = 4.0  # a p99 needs hundreds of requests, so many times longer traces than a goodput
+TAIL: Final = 2.0  # times longer than those of goodputs: a p99 needs hundreds of requests
 SLOWER: Final = 3.0  # the target, in images of an idle plain server
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-serve", help="release and measurements so far")
     parser.add_argument("--fresh", action="store_true", help="measure all again")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of one trace")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of one trace")
     args = parser.parse_args()
     if args.fresh:
         shutil.rmtree(args.work, ignore_errors=True)
