@@ -32,8 +32,11 @@ def device() -> Iterator[str]:
     name = f"test {os.getpid()} {time.monotonic_ns()}"
     yield name
     for at_once in (1, 2):
-        turns = Turns(name, at_once)
-        turns._libc.semctl(turns._id, 0, 0)  # IPC_RMID
+        remove(Turns(name, at_once))
+
+
+def remove(turns: Turns) -> None:
+    turns._libc.semctl(turns._id, 0, 0)  # IPC_RMID, as `ipcrm` does
 
 
 @pytest.fixture
@@ -92,6 +95,17 @@ def test_a_killed_process_gives_its_turn_back_and_one_that_hangs_is_passed_by(de
             Turns(device, 1).release()
         finally:
             holder.kill()
+
+
+def test_turns_that_were_removed_stop_nobody(device: str, thread: ThreadPoolExecutor) -> None:
+    turns = Turns(device, 1, patience_s=10)
+    assert turns.acquire()
+    waits = thread.submit(turns.acquire)
+    time.sleep(0.05)
+    remove(turns)
+    assert not waits.result(timeout=5)
+    turns.release()
+    assert not turns.acquire()
 
 
 def test_who_is_cancelled_while_it_waits_keeps_no_turn(device: str, thread: ThreadPoolExecutor) -> None:

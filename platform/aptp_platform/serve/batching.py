@@ -190,9 +190,8 @@ class StepEngine:
                 continue
             started = time.monotonic()
             async with self._turns.taken(self._thread) if self._turns else nullcontext():
-                tickets = self._seat()  # those too that came while it was the turn of others
-                await self._cycle(tickets)
-            self._account(len(tickets), time.monotonic() - started)
+                if tickets := self._seat():  # those too that came while it was the turn of others
+                    await self._cycle(tickets, started)
 
     def _seat(self) -> list[Ticket]:
         """Who takes part in the next step: those who run, and of those who wait as many as there are places."""
@@ -202,8 +201,8 @@ class StepEngine:
             self._running.append(self._waiting.popleft())
         return list(self._running)
 
-    async def _cycle(self, tickets: list[Ticket]) -> None:
-        """One step of the tickets, those first that are new; nothing, if all of them left."""
+    async def _cycle(self, tickets: list[Ticket], started: float) -> None:
+        """One step of the tickets, those first that are new. started: of the cycle, with the wait for its turn."""
         loop, begun = asyncio.get_running_loop(), time.monotonic()
         try:
             for ticket, error in await loop.run_in_executor(self._thread, self._admit, tickets, begun):
@@ -218,6 +217,7 @@ class StepEngine:
         for ticket, preview, pixels in due:
             ticket.deliver(pixels, preview)
         self._running = [ticket for ticket in self._running if ticket.steps_left]
+        self._account(len(tickets), time.monotonic() - started)
 
     def _admit(self, tickets: list[Ticket], now: float) -> list[tuple[Ticket, Exception]]:
         """Starts the newcomers; those that cannot be started, and why."""

@@ -70,6 +70,8 @@ def pack_weights(modules: Iterable[nn.Module], trial: Callable[[], Any]) -> None
         for name, child in parent.named_children()
         if type(child) in (nn.Linear, nn.Conv2d) and _packs(child)
     ]
+    if not places:
+        return
     shapes: dict[nn.Module, torch.Size] = {}
     hooks = [
         child.register_forward_pre_hook(lambda module, inputs: shapes.__setitem__(module, inputs[0].shape))

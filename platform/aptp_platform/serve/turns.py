@@ -5,7 +5,8 @@ image takes as long as all of them together. Taking turns between steps, the sam
 came, and the tail of the latencies is shorter. Only an engine that works step by step has turns so short to offer.
 
 A turn is a System V semaphore: waiting costs nothing, and the kernel gives back what a killed process held. It is a
-courtesy and no lock: after `patience_s` a replica goes ahead without, so that one that hangs does not stop the others.
+courtesy and no lock: no step waits for its turn longer than `patience_s`, and none at all once the semaphore was
+removed, so that what hangs or is tidied away does not stop the others.
 """
 
 from __future__ import annotations
@@ -63,18 +64,16 @@ class Turns:
                 self._checked(self._libc.semctl(self._id, is_set, _SET_VALUE, ctypes.c_int(1)))
 
     def acquire(self) -> bool:
-        """Blocks until it is this caller's turn; False if that took longer than is bearable."""
+        """Blocks until it is this caller's turn; False if that took too long, or there are no turns any more."""
         seconds, fraction = divmod(self._patience_s, 1)
         limit = _Time(int(seconds), int(fraction * 1e9))
         while self._change(-1, limit) < 0:
-            if ctypes.get_errno() == errno.EAGAIN:
-                return False
             if ctypes.get_errno() != errno.EINTR:
-                self._checked(-1)
+                return False
         return True
 
     def release(self) -> None:
-        self._checked(self._change(1, None))
+        self._change(1, None)
 
     @asynccontextmanager
     async def taken(self, thread: Executor) -> AsyncIterator[None]:
