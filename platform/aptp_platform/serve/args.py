@@ -93,6 +93,9 @@ class RouterArgs(_Section):
     num_cpus: float = Field(default=1.0, gt=0)
     num_threads: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=32, ge=1, description="prompts encoded together")
+    batch_wait_s: float = Field(
+        default=0.0, ge=0, description="for more prompts to come; while some are encoded the next gather anyway"
+    )
     target_ms: float | None = Field(
         default=None, gt=0, description="of an image; a prompt whose code would miss it goes to a neighbour with room"
     )

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import torch
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from aptp.release import Release
@@ -20,7 +21,6 @@ from aptp_platform.serve.codemap import code_map
 from aptp_platform.serve.decisions import DecisionLog
 from aptp_platform.serve.drift import DriftMonitor
 from aptp_platform.serve.finding import Finder
-from aptp_platform.serve.gathering import Gathering
 from aptp_platform.serve.metrics import RouterMetrics
 from aptp_platform.serve.orders import TEACHER, Accepted, Catalog, Choice, CodeMap, ModelLoad, Order, Picture, Refusal
 from aptp_platform.serve.packing import pack_weights
@@ -69,8 +69,10 @@ class Router:
         self._batch_limits: dict[str, int] = {}
         self._samples = args.page.prompts
         self._map: CodeMap | None = None
-        self._decide = Gathering(self._decide_together, args.router.max_batch_size)
         await self._wait_for_release(args)
+        batched: Any = self._decide
+        batched.set_max_batch_size(args.router.max_batch_size)
+        batched.set_batch_wait_timeout_s(args.router.batch_wait_s)
 
     async def _wait_for_release(self, args: ServeArgs) -> None:
         """Until every model that is kept awake runs in this release, for some time: before, this replica could serve
@@ -192,7 +194,8 @@ class Router:
             self._metrics.ended(choice, outcome, seconds)
             self._decisions.write(order, choice, outcome, seconds)
 
-    async def _decide_together(self, orders: list[Order]) -> list[Choice | Refusal]:
+    @serve.batch  # type: ignore[untyped-decorator, unused-ignore]
+    async def _decide(self, orders: list[Order]) -> list[Choice | Refusal]:
         found = await self._find([order.prompt for order in orders])
         loads = await self.loads()
         situation = Situation(self._catalog, self._batch_sizes, loads, self._args.target_ms)
