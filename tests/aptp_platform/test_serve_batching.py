@@ -279,6 +279,18 @@ def test_previews_come_before_the_image_and_do_not_change_it(denoiser: Denoiser)
     assert distances[0] > 0
 
 
+def test_counting_a_prompt_s_tokens_leaves_alone_what_another_thread_encodes_with(
+    pipeline: Any, denoiser: Denoiser
+) -> None:
+    """A fast tokenizer keeps the padding of its last call: counted with the same one while another thread was between
+    setting it and reading, a prompt came out unpadded, and everybody's step failed."""
+    denoiser.admit([CAT])
+    padding = pipeline.tokenizer.backend_tokenizer.padding
+    assert padding is not None
+    assert denoiser.count_tokens(CAT.prompt) < pipeline.tokenizer.model_max_length
+    assert pipeline.tokenizer.backend_tokenizer.padding == padding
+
+
 def test_the_event_loop_is_free_while_a_step_runs(denoiser: Denoiser) -> None:
     async def use(engine: StepEngine) -> float:
         task = asyncio.ensure_future(engine.generate(replace(CAT, num_inference_steps=30)))

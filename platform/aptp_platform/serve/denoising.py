@@ -88,7 +88,8 @@ class Sample:
 
 
 class Denoiser:
-    """A UNet with the frozen parts around it; every method runs on the calling thread and blocks it.
+    """A UNet with the frozen parts around it; every method runs on the calling thread and blocks it. All but
+    `count_tokens` want to be called on one thread.
 
     The UNet may be the teacher or an expert: whatever has a stock `UNet2DConditionModel`'s call.
     """
@@ -96,6 +97,8 @@ class Denoiser:
     def __init__(self, unet: Any, vae: Any, tokenizer: Any, text_encoder: Any, scheduler: Any) -> None:
         self._unet, self._vae, self._scheduler = unet, vae, scheduler
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
+        self._counter = copy.deepcopy(tokenizer)  # a call changes a tokenizer, and `count_tokens` comes on any thread
+        self._dtype = unet.dtype  # asked of a diffusers model, it looks through all of it
         self._texts: OrderedDict[str, Float[Tensor, "1 token dim"]] = OrderedDict()
         self.pixels_per_latent = 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -135,8 +138,8 @@ class Denoiser:
             rows = [*range(len(group)), *guided]
             scaled = torch.cat([sample.scaled for sample in group])
             timesteps = torch.stack([sample.timestep for sample in group])
-            states = torch.cat(texts).to(self._unet.dtype)
-            output = self._unet(scaled[rows].to(self._unet.dtype), timesteps[rows], states).sample.float()
+            states = torch.cat(texts).to(self._dtype)
+            output = self._unet(scaled[rows].to(self._dtype), timesteps[rows], states).sample.float()
             predictions = output[: len(group)]
             scales = torch.tensor([group[index].spec.guidance_scale for index in guided], device=output.device)
             free = output[len(group) :]
@@ -168,8 +171,8 @@ class Denoiser:
 
     def count_tokens(self, prompt: str) -> int:
         """How many tokens of the prompt the text encoder reads."""
-        limit = self._tokenizer.model_max_length
-        return len(self._tokenizer(prompt, truncation=True, max_length=limit)["input_ids"])
+        limit = self._counter.model_max_length
+        return len(self._counter(prompt, truncation=True, max_length=limit)["input_ids"])
 
     def _encode(self, texts: Iterable[str]) -> dict[str, Float[Tensor, "1 token dim"]]:
         wanted = list(dict.fromkeys(texts))
