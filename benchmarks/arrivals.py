@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import httpx
 
 Kind = Literal["poisson", "bursty"]
 LEAST: Final = 8  # requests of a trace: a slow server's goes on for longer
+Request = tuple[float, str, int]  # seconds from the start, prompt, seed of the image
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,11 @@ class Trace:
     rate: float
     seconds: float
 
-    def requests(self, prompts: Sequence[str]) -> list[tuple[float, str, int]]:
-        """(seconds from the start, prompt, image seed)."""
+    def requests(self, prompts: Sequence[str]) -> list[Request]:
         draw = random.Random(f"{self.kind} {self.seed}")
         shape = 1.0 if self.kind == "poisson" else 0.25
         sent = 0.0
-        result: list[tuple[float, str, int]] = []
+        result: list[Request] = []
         while True:
             sent += draw.gammavariate(shape, 1 / shape) / self.rate
             prompt, seed = draw.choice(prompts), draw.randrange(2**31)
@@ -78,42 +79,48 @@ class Outcome:
         ordered = sorted([*self.latencies, *[math.inf] * self.failed])
         return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
 
-    def within(self, limit_s: float) -> float:
-        """The share of the requests that were answered in time."""
-        return sum(latency <= limit_s for latency in self.latencies) / (len(self.latencies) + self.failed)
+    def late(self, limit_s: float) -> int:
+        """How many were answered later, or not at all."""
+        return sum(latency > limit_s for latency in self.latencies) + self.failed
 
 
-def play(target: Target, trace: Trace, prompts: Sequence[str]) -> Outcome:
-    """Sends a trace and waits for every answer."""
-    latencies: list[float] = []
-    failed = 0
+def play(target: Target, requests: Sequence[Request], enough: Callable[[Outcome], bool] | None = None) -> Outcome:
+    """Sends the requests of a trace and waits for every answer.
+
+    enough: says of the outcome so far whether nothing more need be sent; what was not sent is not in the outcome.
+    """
+    outcome = Outcome([], 0)
 
     async def one(http: httpx.AsyncClient, due: float, prompt: str, seed: int) -> None:
-        nonlocal failed
+        nonlocal outcome
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        if enough is not None and enough(outcome):
+            return
         try:
             ok = (await http.post(target.url, json=target.body(prompt, seed))).status_code == httpx.codes.OK
         except httpx.TransportError:
             ok = False
         if ok:
-            latencies.append(time.perf_counter() - due)
+            outcome.latencies.append(time.perf_counter() - due)
         else:
-            failed += 1
+            outcome = Outcome(outcome.latencies, outcome.failed + 1)
 
     async def main() -> None:
         async with _client() as http:
             start = time.perf_counter() + 0.1
-            await asyncio.gather(
-                *(one(http, start + sent, prompt, seed) for sent, prompt, seed in trace.requests(prompts))
-            )
+            await asyncio.gather(*(one(http, start + sent, prompt, seed) for sent, prompt, seed in requests))
 
     with target.awake():
         asyncio.run(main())
-    return Outcome(latencies, failed)
+    return outcome
 
 
 def capacity(target: Target, seconds: float, prompts: Sequence[str], at_once: int = 16) -> float:
-    """Images a second while `at_once` clients ask one after the other; the first and last moments do not count."""
+    """Images a second while `at_once` clients ask one after the other, from the first fifth of the time on.
+
+    It is the slope of the line through the moments at which images were done: batches finish together, and counting
+    them in a window would be off by a batch.
+    """
     done: list[float] = []
 
     async def client(http: httpx.AsyncClient, number: int, ends: float) -> None:
@@ -131,8 +138,8 @@ def capacity(target: Target, seconds: float, prompts: Sequence[str], at_once: in
     started = time.perf_counter()
     with target.awake():
         asyncio.run(main())
-    first, last = started + 0.2 * seconds, started + seconds
-    return sum(first < each <= last for each in done) / (last - first)
+    counted = [each for each in done if started + 0.2 * seconds < each <= started + seconds]
+    return statistics.linear_regression(counted, range(len(counted))).slope
 
 
 def _client() -> httpx.AsyncClient:

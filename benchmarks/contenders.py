@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -79,20 +79,14 @@ def contenders(base: str, release: Release) -> Iterator[dict[str, Target]]:
     ]
     try:
         serve.run(build(server_args(release, teacher=True)), name="aptp", route_prefix="/")
-        serve.run(build(server_args(release, batching="requests")), name="whole", route_prefix="/whole")
-
-        def openai(url: str, model: str) -> Target:
-            path = f"{url}/v1/images/generations"
-            return Target(path, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": model})
 
         def plain(port: int, process: subprocess.Popen[bytes]) -> Target:
             url = f"http://127.0.0.1:{port}/generate"
             return Target(url, lambda prompt, seed: {"prompt": prompt, "seed": seed}, process.pid)
 
         targets = {
-            "experts": openai(base, "auto"),
-            "teacher": openai(base, "teacher"),
-            "whole requests": openai(f"{base}/whole", "auto"),
+            "experts": _openai(base, "auto"),
+            "teacher": _openai(base, "teacher"),
             "fastapi": plain(fastapi_port, fastapi),
             "litserve": plain(litserve_port, litserve),
         }
@@ -105,6 +99,17 @@ def contenders(base: str, release: Release) -> Iterator[dict[str, Target]]:
         for peer in peers:  # with the workers of its own, which outlive a plain SIGTERM
             os.killpg(peer.pid, signal.SIGKILL)
             peer.wait()
+
+
+@contextmanager
+def whole_requests(base: str, release: Release) -> Iterator[Target]:
+    """The same server, whose experts batch whole requests. It is gone when it is not compared with: Serve's idle
+    processes cannot be stopped."""
+    serve.run(build(server_args(release, batching="requests")), name="whole", route_prefix="/whole")
+    target = _openai(f"{base}/whole", "auto")
+    _wait(target, ())
+    yield target
+    serve.delete("whole")
 
 
 def server_args(release: Release, *, teacher: bool = False, batching: str = "steps") -> ServeArgs:
@@ -128,7 +133,12 @@ def server_args(release: Release, *, teacher: bool = False, batching: str = "ste
     )
 
 
-def _wait(target: Target, peers: list[subprocess.Popen[bytes]], seconds: float = 180.0) -> None:
+def _openai(url: str, model: str) -> Target:
+    path = f"{url}/v1/images/generations"
+    return Target(path, lambda prompt, seed: {"prompt": prompt, "seed": seed, "model": model})
+
+
+def _wait(target: Target, peers: Sequence[subprocess.Popen[bytes]], seconds: float = 180.0) -> None:
     ends = time.monotonic() + seconds
     while time.monotonic() < ends and all(peer.poll() is None for peer in peers):
         try:

@@ -4,8 +4,8 @@
 
 Every server is up at once and they take turns, trace by trace, so that whatever else the machine does meets them alike.
 Requests are sent when a trace says and timed from then; the traces of all servers are the same. Goodput is the largest
-rate on a grid, in shares of the server's own capacity, at which 99 % are answered within the target: three times what
-the teacher's image takes alone on the plain FastAPI server.
+rate, in twentieths of the server's own capacity, at which 99 % are answered within the target: three times what the
+teacher's image takes alone on the plain FastAPI server.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from aptp_platform.serve.router import load_prompt_router
 from aptp_platform.serve.selection import Situation, decide, find
 from benchmarks.arrivals import Kind, Outcome, Target, Trace, capacity, play
 from benchmarks.bench_release import PROMPTS, bench_release
-from benchmarks.contenders import GUIDANCE, STEPS, contenders, noop_applications, ray_serve
+from benchmarks.contenders import GUIDANCE, STEPS, contenders, noop_applications, ray_serve, whole_requests
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks/results/serve.json"
 SEEDS: Final = (0, 1, 2)
+PEERS: Final = ("fastapi", "litserve")
 KINDS: Final[tuple[Kind, ...]] = ("poisson", "bursty")
-GRID: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a server's own capacity
+GRAIN: Final = 0.05  # of a server's own capacity, by which the rates that are tried differ
+START, MOST = 16, 24  # grains: tried first; more than the capacity can be met for as long as a trace
 IN_TIME: Final = 0.99
-TAIL: Final = 2.0  # times longer than those of goodputs: a p99 needs hundreds of requests
 SLOWER: Final = 3.0  # the target, in images of an idle plain server
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-serve", help="release and measurements so far")
     parser.add_argument("--fresh", action="store_true", help="measure all again")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of one trace")
+    parser.add_argument("--seconds", type=float, default=45.0, help="of one trace")
     args = parser.parse_args()
     if args.fresh:
         shutil.rmtree(args.work, ignore_errors=True)
@@ -79,22 +80,21 @@ def main() -> None:
         with noop_applications(base, small) as noops:
             overhead = known.get("overhead", lambda: no_op_overhead(noops))
         targets = stack.enter_context(contenders(base, release))
-        rates = {
-            name: known.get(f"capacity {name}", partial(warm_capacity, target)) for name, target in targets.items()
-        }
-        target_s = SLOWER * known.get("alone", lambda: alone_s(targets["fastapi"]))
-        bench = Bench(targets, rates, target_s, args.seconds, known)
+        bench = Bench(targets, args.seconds, known)
+        with whole_requests(base, release) as targets["whole requests"]:
+            whole = {kind: bench.tail("whole requests", kind) for kind in KINDS}
         report: dict[str, Any] = {
             "mean MACs ratio": sum(code.ratio * code.share for code in release.codes),
             "router": router,
             "no-op path / Ray Serve's chain, p50": overhead,
-            "capacity images/s": rates,
-            "target s": target_s,
+            "capacity images/s": {name: bench.capacity(name) for name in targets},
+            "target s": bench.target_s,
             "arrivals": {},
             "ratios": own_work(router, overhead),
         }
         for kind in KINDS:  # each kind is a result of its own, if the run should be cut short
-            tails, goodputs = bench.tails(kind), bench.goodputs(kind)
+            tails = {"whole requests": whole[kind], **{peer: bench.tail(peer, kind) for peer in PEERS}}
+            goodputs = bench.goodputs(kind)
             report["arrivals"][kind] = {"goodput images/s": goodputs, "p99 s": tails}
             report["ratios"] += ratios(kind, goodputs, tails, report["mean MACs ratio"])
             RESULTS.parent.mkdir(exist_ok=True)
@@ -106,46 +106,59 @@ def main() -> None:
 class Bench:
     """The open-loop part: which server is tried at which rate with which trace."""
 
-    def __init__(
-        self, targets: dict[str, Target], rates: dict[str, float], target_s: float, seconds: float, known: Measurements
-    ) -> None:
-        self.targets, self.rates, self.target_s, self.seconds, self.known = targets, rates, target_s, seconds, known
+    def __init__(self, targets: dict[str, Target], seconds: float, known: Measurements) -> None:
+        self.targets, self.seconds, self.known = targets, seconds, known
+
+    def capacity(self, name: str) -> float:
+        return float(self.known.get(f"capacity {name}", partial(warm_capacity, self.targets[name])))
+
+    @property
+    def target_s(self) -> float:
+        return SLOWER * float(self.known.get("alone", partial(alone_s, self.targets["fastapi"])))
 
     def goodputs(self, kind: Kind) -> dict[str, float]:
         """Each server's images a second within the target, the mean over the seeds."""
-        found: dict[str, list[float]] = {name: [] for name in ("experts", "teacher", "fastapi", "litserve")}
+        found: dict[str, list[int]] = {name: [] for name in ("experts", "teacher", *PEERS)}
         for seed in SEEDS:
-            for name, values in found.items():
-                low, high = 0, len(GRID)  # the shares below `low` are met, those from `high` on are not
-                while low < high:
-                    middle = (low + high) // 2
-                    outcome = self._play(name, Trace(kind, seed, GRID[middle] * self.rates[name], self.seconds))
-                    if outcome.within(self.target_s) >= IN_TIME:
-                        low = middle + 1
-                    else:
-                        high = middle
-                values.append(GRID[low - 1] * self.rates[name] if low else 0.0)
-        return {name: statistics.mean(values) for name, values in found.items()}
+            for name, grains in found.items():
+                grains.append(self._most_grains(name, kind, seed, near=grains[-1] if grains else START))
+        return {name: statistics.mean(grains) * GRAIN * self.capacity(name) for name, grains in found.items()}
 
-    def tails(self, kind: Kind) -> dict[str, dict[str, float]]:
+    def _most_grains(self, name: str, kind: Kind, seed: int, near: int) -> int:
+        """The largest rate that is met; the search goes outward from `near` in growing strides, then halves."""
+        low, high, grains, stride = 0, MOST + 1, near, 1  # `low` is met, `high` is not
+        while high - low > 1:
+            if self._is_met(name, Trace(kind, seed, grains * GRAIN * self.capacity(name), self.seconds)):
+                low, outward = grains, grains + stride
+            else:
+                high, outward = grains, grains - stride
+            grains = outward if low < outward < high else (low + high) // 2
+            stride *= 2
+        return low
+
+    def _is_met(self, name: str, trace: Trace) -> bool:
+        """Whether 99 % of a trace are answered in time; when that cannot be any more, the rest is not sent."""
+        requests, target_s = trace.requests(PROMPTS), self.target_s
+        may_be_late = len(requests) - math.ceil(IN_TIME * len(requests))
+        outcome = self._play(name, trace, lambda so_far: so_far.late(target_s) > may_be_late)
+        return outcome.late(target_s) <= may_be_late
+
+    def tail(self, peer: str, kind: Kind) -> dict[str, float]:
         """p99 over all seeds at 70 % of a peer's own capacity, of the peer and of the experts behind the same trace."""
-        result = {}
-        for peer in ("fastapi", "litserve", "whole requests"):
-            pooled: dict[str, list[Outcome]] = {peer: [], "experts": []}
-            for seed in SEEDS:
-                for name, outcomes in pooled.items():
-                    outcomes.append(self._play(name, Trace(kind, seed, 0.7 * self.rates[peer], TAIL * self.seconds)))
-            result[peer] = {name: _pooled(outcomes).percentile(0.99) for name, outcomes in pooled.items()}
-        return result
+        pooled: dict[str, list[Outcome]] = {peer: [], "experts": []}
+        for seed in SEEDS:
+            for name, outcomes in pooled.items():
+                outcomes.append(self._play(name, Trace(kind, seed, 0.7 * self.capacity(peer), self.seconds)))
+        return {name: _pooled(outcomes).percentile(0.99) for name, outcomes in pooled.items()}
 
-    def _play(self, name: str, trace: Trace) -> Outcome:
+    def _play(self, name: str, trace: Trace, enough: Callable[[Outcome], bool] | None = None) -> Outcome:
         label = f"{name} {trace.kind} seed {trace.seed} at {trace.rate:.3f}/s for {trace.seconds:g} s"
 
         def measure() -> dict[str, Any]:
-            outcome = play(self.targets[name], trace, PROMPTS)
+            outcome = play(self.targets[name], trace.requests(PROMPTS), enough)
             return {"latencies": outcome.latencies, "failed": outcome.failed}
 
-        return Outcome(**self.known.get(label, measure))
+        return Outcome(**self.known.get(label if enough is None else f"{label}, while it may be met", measure))
 
 
 def ratios(
@@ -161,7 +174,7 @@ def ratios(
         rows.append({"what": f"{what}, {kind}", "value": value, "wanted": f"<= {limit:.2f}", "met": value <= limit})
 
     at_least("goodput, routed experts / teacher for all, same server", _over(good, "teacher"), 0.9 / macs_ratio)
-    for peer in ("fastapi", "litserve"):
+    for peer in PEERS:
         at_least(f"goodput / {peer} with the teacher", _over(good, peer), 1.4)
         at_most(f"p99 at 70 % of {peer}'s capacity / its own", _over(tails[peer], peer), 0.7)
     at_most("p99, step-level / whole-request batching, at 70 %", _over(tails["whole requests"], "whole requests"), 0.75)
@@ -221,7 +234,7 @@ def no_op_overhead(targets: tuple[str, str], rounds: int = 8, each: int = 40) ->
 def warm_capacity(target: Target) -> float:
     """Images a second when all is loaded and compiled that the first requests load and compile."""
     capacity(target, 4, PROMPTS)
-    return capacity(target, 15, PROMPTS)
+    return capacity(target, 25, PROMPTS)
 
 
 def alone_s(target: Target) -> float:
