@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ def last_of_the_server(served: Any) -> Iterator[None]:
 
     yield
     serve.shutdown()
+
+
+@contextmanager
+def meanwhile(changed: ServeArgs, args: ServeArgs) -> Iterator[None]:
+    """The server as `changed` says, and afterwards again as the other tests expect it."""
+    from ray import serve
+
+    serve.run(build(changed), name="aptp", route_prefix="/")
+    try:
+        yield
+    finally:
+        serve.run(build(args), name="aptp", route_prefix="/")
 
 
 def test_an_overflowing_queue_is_a_429_that_says_when(url: str) -> None:
@@ -153,8 +166,6 @@ def test_a_sleeping_code_is_served_by_its_neighbour_and_woken_and_keys_are_asked
 ) -> None:
     if not soak:
         pytest.skip("Serve takes its time to scale to zero: make soak")
-    from ray import serve
-
     token, entry = make_key("tester", macs_per_second=1e15)
     (tmp_path / "keys.json").write_text(f"[{entry.model_dump_json()}]")
     small = min(range(2), key=lambda index: release.codes[index].ratio)
@@ -166,9 +177,9 @@ def test_a_sleeping_code_is_served_by_its_neighbour_and_woken_and_keys_are_asked
             "keys": {"required": True, "file": str(tmp_path / "keys.json")},
         }
     )
-    serve.run(build(changed), name="aptp", route_prefix="/")
     prompt = next(each for each in PROMPTS if int(library.router.route([each]).indices[0]) == small)
     with (
+        meanwhile(changed, args),
         httpx.Client(base_url=url, timeout=120) as stranger,
         httpx.Client(base_url=url, timeout=120, headers={"authorization": f"Bearer {token}"}) as known,
     ):
