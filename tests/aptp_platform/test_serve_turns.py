@@ -20,7 +20,7 @@ from aptp_platform.serve.turns import Turns
 HOLDER = """
 import sys, time
 from aptp_platform.serve.turns import Turns
-assert Turns(sys.argv[1], 1).acquire()
+assert Turns(sys.argv[1], 1).acquire(0.0)
 print("held", flush=True)
 time.sleep(60)
 """
@@ -36,7 +36,7 @@ def device() -> Iterator[str]:
 
 
 def remove(turns: Turns) -> None:
-    turns._libc.semctl(turns._id, 0, 0)  # IPC_RMID, as `ipcrm` does
+    turns._semaphores.remove()  # as `ipcrm` does
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_no_more_compute_at_once_than_have_a_turn(device: str) -> None:
         turns = Turns(device, 2)  # as every process has its own
         with ThreadPoolExecutor(1) as executor:
             for _ in range(steps):
-                async with turns.taken(executor):
+                async with turns.taken(executor, time.monotonic()):
                     computing += 1
                     most = max(most, computing)
                     await asyncio.sleep(0.002)
@@ -66,21 +66,35 @@ def test_no_more_compute_at_once_than_have_a_turn(device: str) -> None:
     assert most == 2
 
 
-def test_turns_come_in_the_order_in_which_they_were_asked_for(device: str) -> None:
-    order: list[int] = []
+def test_the_next_turn_is_that_of_the_oldest_request_whenever_it_was_asked_for(device: str) -> None:
+    order: list[float] = []
 
-    async def replica(number: int) -> None:
+    async def replica(since: float, asks_after_s: float) -> None:
         with ThreadPoolExecutor(1) as executor:
-            await asyncio.sleep(0.05 * number)
-            async with Turns(device, 1).taken(executor):
-                order.append(number)
-                await asyncio.sleep(0.3 if number == 0 else 0)
+            await asyncio.sleep(asks_after_s)
+            async with Turns(device, 1).taken(executor, since):
+                order.append(since)
+                await asyncio.sleep(0.3 if since == 9.0 else 0)
 
     async def main() -> None:
-        await asyncio.gather(*(replica(number) for number in range(4)))
+        await asyncio.gather(*(replica(since, 0.05 * place) for place, since in enumerate((9.0, 3.0, 1.0, 4.0, 2.0))))
 
     asyncio.run(main())
-    assert order == [0, 1, 2, 3]
+    assert order == [9.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_claim_of_the_dead_holds_nobody_up(device: str) -> None:
+    turns = Turns(device, 1)
+    assert turns.acquire(0.0)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, device]) as waits:
+        claims = turns._claims
+        while claims.oldest() is None:
+            time.sleep(0.01)
+        waits.kill()
+    turns.release()
+    asked = time.monotonic()
+    assert Turns(device, 1).acquire(asked)
+    assert time.monotonic() - asked < 5
 
 
 def test_a_killed_process_gives_its_turn_back_and_one_that_hangs_is_passed_by(device: str) -> None:
@@ -89,9 +103,9 @@ def test_a_killed_process_gives_its_turn_back_and_one_that_hangs_is_passed_by(de
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
             impatient = Turns(device, 1, patience_s=0.1)
-            assert not impatient.acquire()
+            assert not impatient.acquire(time.monotonic())
             holder.send_signal(signal.SIGKILL)
-            assert Turns(device, 1, patience_s=10).acquire()
+            assert Turns(device, 1, patience_s=10).acquire(time.monotonic())
             Turns(device, 1).release()
         finally:
             holder.kill()
@@ -99,21 +113,21 @@ def test_a_killed_process_gives_its_turn_back_and_one_that_hangs_is_passed_by(de
 
 def test_turns_that_were_removed_stop_nobody(device: str, thread: ThreadPoolExecutor) -> None:
     turns = Turns(device, 1, patience_s=10)
-    assert turns.acquire()
-    waits = thread.submit(turns.acquire)
+    assert turns.acquire(time.monotonic())
+    waits = thread.submit(turns.acquire, time.monotonic())
     time.sleep(0.05)
     remove(turns)
     assert not waits.result(timeout=5)
     turns.release()
-    assert not turns.acquire()
+    assert not turns.acquire(time.monotonic())
 
 
 def test_who_is_cancelled_while_it_waits_keeps_no_turn(device: str, thread: ThreadPoolExecutor) -> None:
     turns = Turns(device, 1, patience_s=10)
-    assert turns.acquire()
+    assert turns.acquire(time.monotonic())
 
     async def waits() -> None:
-        async with turns.taken(thread):
+        async with turns.taken(thread, time.monotonic()):
             raise AssertionError("it was cancelled before")
 
     async def main() -> None:
@@ -126,7 +140,7 @@ def test_who_is_cancelled_while_it_waits_keeps_no_turn(device: str, thread: Thre
     asyncio.run(main())
     turns.release()
     thread.submit(lambda: None).result()  # what waited there has had its turn by now
-    assert turns.acquire()
+    assert turns.acquire(time.monotonic())
     turns.release()
 
 

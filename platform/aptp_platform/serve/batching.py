@@ -189,7 +189,8 @@ class StepEngine:
                 await self._wake.wait()
                 continue
             started = time.monotonic()
-            async with self._turns.taken(self._thread) if self._turns else nullcontext():
+            oldest = min(ticket.arrived for ticket in (*self._running, *self._waiting))
+            async with self._turns.taken(self._thread, oldest) if self._turns else nullcontext():
                 if tickets := self._seat():  # those too that came while it was the turn of others
                     await self._cycle(tickets, started)
 

@@ -1,84 +1,130 @@
-"""Turns: of the replicas on one device only so many compute a step at once, in the order in which they asked.
+"""Turns: of the replicas on one device only so many compute a step at once, first the one with the oldest request.
 
 Left to the operating system (or to a GPU's time slices), all models that are busy share the device evenly, so that each
-image takes as long as all of them together. Taking turns between steps, the same work ends in the order in which it
-came, and the tail of the latencies is shorter. Only an engine that works step by step has turns so short to offer.
+image takes as long as all of them together. With turns between steps, the same work ends in the order in which it came,
+and the tail of the latencies is shorter. Only an engine that works step by step has turns so short to offer.
 
-A turn is a System V semaphore: waiting costs nothing, and the kernel gives back what a killed process held. It is a
-courtesy and no lock: no step waits for its turn longer than `patience_s`, and none at all once the semaphore was
-removed, so that what hangs or is tidied away does not stop the others.
+A turn is a semaphore that the kernel gives back when its holder is killed; who waits says since when its oldest request
+does, in a table that all processes map. It is a courtesy and no lock: no step waits for its turn longer than
+`patience_s`, and none at all once the semaphores were removed, so that what hangs or is tidied away does not stop the
+others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import errno
 import fcntl
 import hashlib
+import mmap
 import os
-import sys
+import secrets
+import struct
 import tempfile
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
-_CREATE: Final = 0o1000 | 0o600  # IPC_CREAT, for this user
-_GET_VALUE, _SET_VALUE, _UNDO = 12, 16, 0x1000
+from aptp_platform.serve.semaphores import Semaphores, SemaphoresGoneError
+
 _PATIENCE_S: Final = 30.0  # far above any step's turn
+_LOOK_AGAIN_S: Final = 0.2  # who waits does so of itself: the one who should have woken it may be dead
+_STALE_S: Final = 1.0  # a claim that nobody renewed for so long is that of a dead or hanging process
+_TURNS, _MUTEX, _IS_SET, _FIRST_PLACE = 0, 1, 2, 3  # of the semaphores; one for each place follows, to wake who waits
+_PLACES: Final = 64  # that may wait at once
 
 
-class _Operation(ctypes.Structure):
-    _fields_ = (("which", ctypes.c_ushort), ("change", ctypes.c_short), ("flags", ctypes.c_short))
+class _Claim(NamedTuple):
+    """Who waits for a turn. whose: a random number, 0 for a free place. since, renewed: `time.monotonic()`, which is
+    one clock for all processes."""
+
+    whose: int
+    since: float
+    renewed: float
+
+    @property
+    def counts(self) -> bool:
+        return self.whose != 0 and time.monotonic() - self.renewed < _STALE_S
 
 
-class _Time(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+class _Claims:
+    """The table of the places, in a file; every use of it wants the mutex."""
+
+    _format: Final = struct.Struct("<Qdd")
+
+    def __init__(self, file: int) -> None:
+        size = self._format.size * _PLACES
+        os.ftruncate(file, size)
+        self._table = mmap.mmap(file, size)
+
+    def __getitem__(self, place: int) -> _Claim:
+        return _Claim(*self._format.unpack_from(self._table, place * self._format.size))
+
+    def __setitem__(self, place: int, claim: _Claim) -> None:
+        self._format.pack_into(self._table, place * self._format.size, *claim)
+
+    def oldest(self) -> int | None:
+        """The place of the one whose turn is next."""
+        claims = ((place, self[place]) for place in range(_PLACES))
+        waiting = [(claim.since, claim.whose, place) for place, claim in claims if claim.counts]
+        return min(waiting)[2] if waiting else None
+
+    def free(self) -> int | None:
+        return next((place for place in range(_PLACES) if not self[place].counts), None)
+
+
+_NOBODY: Final = _Claim(0, 0.0, 0.0)
 
 
 class Turns:
-    """`async with turns.taken(thread): ...` holds one of `at_once` turns; who waits does so on `thread`.
+    """`async with turns.taken(thread, since): ...` holds one of `at_once` turns; who waits does so on `thread`.
 
     Processes of one user on one machine share the turns of a device, if they say the same `at_once`.
 
     Raises:
-        ValueError: this machine has no such semaphores (not Linux, or forbidden by its sandbox).
+        ValueError: this machine has no System V semaphores.
     """
 
     def __init__(self, device: str, at_once: int, *, patience_s: float = _PATIENCE_S) -> None:
         self._patience_s = patience_s
-        name = f"{os.getuid()} {device} {at_once}"
+        name = f"{os.getuid()} {device} {at_once} oldest first"
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") & 0x7FFFFFFF | 1
-        if not sys.platform.startswith("linux"):
-            raise ValueError("turns: there are none on this system; leave 'turns' unset")
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        # Created and set are two calls, and whoever comes between them must not find a semaphore of nobody.
-        with (Path(tempfile.gettempdir()) / f"aptp-turns-{key:08x}").open("w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
-            self._id = self._checked(self._libc.semget(key, 2, _CREATE))
-            turns, is_set = 0, 1
-            if not self._checked(self._libc.semctl(self._id, is_set, _GET_VALUE)):
-                self._checked(self._libc.semctl(self._id, turns, _SET_VALUE, ctypes.c_int(at_once)))
-                self._checked(self._libc.semctl(self._id, is_set, _SET_VALUE, ctypes.c_int(1)))
+        descriptor = os.open(Path(tempfile.gettempdir()) / f"aptp-turns-{key:08x}", os.O_RDWR | os.O_CREAT, 0o600)
+        try:  # created and set are two calls, and whoever comes between them must not find semaphores of nobody
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._semaphores = Semaphores(key, _FIRST_PLACE + _PLACES)
+            if not self._semaphores.get(_IS_SET):
+                self._semaphores.set(_TURNS, at_once)
+                self._semaphores.set(_MUTEX, 1)
+                self._semaphores.set(_IS_SET, 1)
+            self._claims = _Claims(descriptor)
+        except ValueError as error:
+            raise ValueError(f"turns: {error}; leave 'turns' unset") from None
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # the table keeps the file, and with it the lock
+            os.close(descriptor)
 
-    def acquire(self) -> bool:
-        """Blocks until it is this caller's turn; False if that took too long, or there are no turns any more."""
-        seconds, fraction = divmod(self._patience_s, 1)
-        limit = _Time(int(seconds), int(fraction * 1e9))
-        while self._change(-1, limit) < 0:
-            if ctypes.get_errno() != errno.EINTR:
-                return False
-        return True
+    def acquire(self, since: float) -> bool:
+        """Blocks until it is this caller's turn; False if that took too long, or there are no turns any more.
+
+        since: `time.monotonic()` when the oldest request came for which the turn is wanted.
+        """
+        with suppress(SemaphoresGoneError):
+            return self._wait(since, time.monotonic() + self._patience_s)
+        return False
 
     def release(self) -> None:
-        self._change(1, None)
+        with suppress(SemaphoresGoneError):
+            self._semaphores.add(_TURNS, undo=True)
+            with self._alone():
+                self._wake()
 
     @asynccontextmanager
-    async def taken(self, thread: Executor) -> AsyncIterator[None]:
+    async def taken(self, thread: Executor, since: float) -> AsyncIterator[None]:
         """Its turn lasts as long as the block."""
-        turn = thread.submit(self.acquire)
+        turn = thread.submit(self.acquire, since)
         try:
             await asyncio.wrap_future(turn)
             yield
@@ -89,13 +135,35 @@ class Turns:
         if not turn.cancelled() and turn.exception() is None and turn.result():
             self.release()
 
-    def _change(self, by: int, limit: _Time | None) -> int:
-        operation = _Operation(0, by, _UNDO)
-        time = None if limit is None else ctypes.byref(limit)
-        return int(self._libc.semtimedop(self._id, ctypes.byref(operation), 1, time))
+    def _wait(self, since: float, ends: float) -> bool:
+        whose, place = secrets.randbits(63) | 1, None
+        while True:
+            with self._alone():
+                if place is None or self._claims[place].whose != whose:  # or it hung, and another has its place
+                    place = self._claims.free()
+                    if place is None:
+                        return False
+                    self._semaphores.set(_FIRST_PLACE + place, 0)
+                now = time.monotonic()
+                self._claims[place] = _Claim(whose, since, now)
+                mine = self._claims.oldest() == place and self._semaphores.take(_TURNS, 0.0, undo=True)
+                if mine or now >= ends:
+                    self._claims[place] = _NOBODY
+                    self._wake()  # the next one, if there is a turn more
+                    return mine
+            self._semaphores.take(_FIRST_PLACE + place, min(_LOOK_AGAIN_S, ends - now), undo=False)
 
-    def _checked(self, result: Any) -> int:
-        if result < 0:
-            reason = os.strerror(ctypes.get_errno())
-            raise ValueError(f"turns: this machine gives no semaphore ({reason}); leave 'turns' unset")
-        return int(result)
+    def _wake(self) -> None:
+        place = self._claims.oldest()
+        if place is not None and self._semaphores.get(_TURNS):
+            self._semaphores.add(_FIRST_PLACE + place, undo=False)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The table is this caller's meanwhile, unless somebody hangs while it is theirs."""
+        held = self._semaphores.take(_MUTEX, _STALE_S, undo=True)
+        try:
+            yield
+        finally:
+            if held:
+                self._semaphores.add(_MUTEX, undo=True)
