@@ -115,11 +115,12 @@ def play(target: Target, requests: Sequence[Request], enough: Callable[[Outcome]
     return outcome
 
 
-def capacity(target: Target, seconds: float, prompts: Sequence[str], at_once: int = 16) -> float:
+def capacity(target: Target, seconds: float, prompts: Sequence[str], at_once: int = 32) -> float:
     """Images a second while `at_once` clients ask one after the other, from the first fifth of the time on.
 
-    It is the slope of the line through the moments at which images were done: batches finish together, and counting
-    them in a window would be off by a batch.
+    The clients are twice the places of four experts' batches, or an expert that few ask would idle. The rate is the
+    slope of the line through the moments at which images were done: batches finish together, and counting them in a
+    window would be off by a batch.
     """
     done: list[float] = []
 
