@@ -14,6 +14,8 @@ import torch
 from tiny_pipeline import build_pipeline
 from torch import nn
 
+from aptp_platform.serve.batching import StepEngine
+from aptp_platform.serve.denoising import Denoiser, SampleSpec
 from aptp_platform.serve.packing import PackedConv2d, PackedLinear, pack_weights
 from aptp_platform.serve.turns import Turns
 
@@ -46,40 +48,35 @@ def thread() -> Iterator[ThreadPoolExecutor]:
 
 
 def test_no_more_compute_at_once_than_have_a_turn(device: str) -> None:
-    computing = most = 0
+    computing: list[int] = []
+    most = 0
 
-    async def replica(steps: int) -> None:
-        nonlocal computing, most
+    def replica(number: int) -> None:
+        nonlocal most
         turns = Turns(device, 2)  # as every process has its own
-        with ThreadPoolExecutor(1) as executor:
-            for _ in range(steps):
-                async with turns.taken(executor, time.monotonic()):
-                    computing += 1
-                    most = max(most, computing)
-                    await asyncio.sleep(0.002)
-                    computing -= 1
+        for _ in range(5):
+            with turns.held(time.monotonic()):
+                computing.append(number)
+                most = max(most, len(computing))
+                time.sleep(0.002)
+                computing.remove(number)
 
-    async def main() -> None:
-        await asyncio.gather(*(replica(5) for _ in range(5)))
-
-    asyncio.run(main())
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(replica, range(5)))
     assert most == 2
 
 
 def test_the_next_turn_is_that_of_the_oldest_request_whenever_it_was_asked_for(device: str) -> None:
     order: list[float] = []
 
-    async def replica(since: float, asks_after_s: float) -> None:
-        with ThreadPoolExecutor(1) as executor:
-            await asyncio.sleep(asks_after_s)
-            async with Turns(device, 1).taken(executor, since):
-                order.append(since)
-                await asyncio.sleep(0.3 if since == 9.0 else 0)
+    def replica(place: int, since: float) -> None:
+        time.sleep(0.05 * place)
+        with Turns(device, 1).held(since):
+            order.append(since)
+            time.sleep(0.3 if since == 9.0 else 0)
 
-    async def main() -> None:
-        await asyncio.gather(*(replica(since, 0.05 * place) for place, since in enumerate((9.0, 3.0, 1.0, 4.0, 2.0))))
-
-    asyncio.run(main())
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(replica, range(5), (9.0, 3.0, 1.0, 4.0, 2.0)))
     assert order == [9.0, 1.0, 2.0, 3.0, 4.0]
 
 
@@ -122,25 +119,22 @@ def test_turns_that_were_removed_stop_nobody(device: str, thread: ThreadPoolExec
     assert not turns.acquire(time.monotonic())
 
 
-def test_who_is_cancelled_while_it_waits_keeps_no_turn(device: str, thread: ThreadPoolExecutor) -> None:
-    turns = Turns(device, 1, patience_s=10)
-    assert turns.acquire(time.monotonic())
-
-    async def waits() -> None:
-        async with turns.taken(thread, time.monotonic()):
-            raise AssertionError("it was cancelled before")
+def test_an_engine_that_is_closed_while_it_waits_keeps_no_turn(device: str) -> None:
+    pipeline, turns = build_pipeline(), Turns(device, 1, patience_s=10)
+    denoiser = Denoiser(pipeline.unet, pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, pipeline.scheduler)
+    assert turns.acquire(0.0)
 
     async def main() -> None:
-        task = asyncio.create_task(waits())
-        await asyncio.sleep(0.05)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        engine = StepEngine(denoiser, max_batch_size=1, max_waiting=1, turns=Turns(device, 1))
+        with engine.submit(SampleSpec("a cat", 1, 2, 1.0, (16, 16))):
+            await asyncio.sleep(0.1)
+            closing = asyncio.create_task(engine.close())
+            await asyncio.sleep(0.1)
+            turns.release()
+            await asyncio.wait_for(closing, 5)
 
     asyncio.run(main())
-    turns.release()
-    thread.submit(lambda: None).result()  # what waited there has had its turn by now
-    assert turns.acquire(time.monotonic())
+    assert turns.acquire(0.0)
     turns.release()
 
 

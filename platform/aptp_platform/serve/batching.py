@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from jaxtyping import UInt8
@@ -91,8 +92,20 @@ class Ticket:
         self.outbox.put_nowait(Rendered(pixels, 1e3 * queue_s, 1e3 * denoise_s, preview))
 
 
+@dataclass
+class _Outcome:
+    """What came of a cycle: who was stepped, who failed of what, and the pixels that are due, with their number."""
+
+    stepped: list[Ticket] = field(default_factory=list)
+    failed: list[tuple[Ticket, Exception]] = field(default_factory=list)
+    due: list[tuple[Ticket, int | None, Tensor]] = field(default_factory=list)
+
+
 class StepEngine:
     """Runs a `Denoiser` on a thread of its own for as many requests at once as fit; the event loop never blocks.
+
+    A cycle is one piece of work for that thread, from waiting for a turn to giving it back: every exchange with the
+    event loop in between would leave the device idle while others wait for it.
 
     An image does not depend on who shared the batch, beyond the rounding of a larger matrix product.
 
@@ -123,6 +136,7 @@ class StepEngine:
         self._max_batch_size, self._max_waiting, self._turns = max_batch_size, max_waiting, turns
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
+        self._lock = threading.Lock()  # the thread seats who waits; all else about these two is the event loop's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -161,10 +175,11 @@ class StepEngine:
         if self._loop is None:
             self._loop = asyncio.get_running_loop().create_task(self._run())
         self.check()
-        if len(self._waiting) >= self._max_waiting + self._max_batch_size - len(self._running):
-            raise EngineFullError(len(self._waiting), self.drain_s)
         ticket = Ticket(spec, time.monotonic() + expires_in_s)
-        self._waiting.append(ticket)
+        with self._lock:
+            if len(self._waiting) >= self._max_waiting + self._max_batch_size - len(self._running):
+                raise EngineFullError(len(self._waiting), self.drain_s)
+            self._waiting.append(ticket)
         self._wake.set()
         return ticket
 
@@ -190,47 +205,52 @@ class StepEngine:
                 continue
             started = time.monotonic()
             oldest = min(ticket.arrived for ticket in (*self._running, *self._waiting))
-            async with self._turns.taken(self._thread, oldest) if self._turns else nullcontext():
-                if tickets := self._seat():  # those too that came while it was the turn of others
-                    await self._cycle(tickets, started)
+            outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._cycle, oldest)
+            for ticket, error in outcome.failed:
+                _fail((ticket,), error)
+            for ticket, preview, pixels in outcome.due:
+                ticket.deliver(pixels, preview)
+            gone = {ticket for ticket, _ in outcome.failed}
+            self._running = [ticket for ticket in self._running if ticket.steps_left and ticket not in gone]
+            if outcome.stepped:
+                self._account(len(outcome.stepped), time.monotonic() - started)
+
+    def _cycle(self, oldest: float) -> _Outcome:
+        """One step of all who have a place when its turn has come."""
+        with self._turns.held(oldest) if self._turns else nullcontext():
+            outcome, tickets = _Outcome(), self._seat()  # those too that came while it was the turn of others
+            try:
+                outcome.failed = self._admit(tickets)
+                stepped = [ticket for ticket in tickets if ticket.sample is not None]
+                outcome.due = self._step(stepped) if stepped else []
+                outcome.stepped = stepped
+            except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
+                outcome.failed = [(ticket, fault) for ticket in tickets]
+            return outcome
 
     def _seat(self) -> list[Ticket]:
         """Who takes part in the next step: those who run, and of those who wait as many as there are places."""
-        self._drop_unwanted()
-        closed = self._whole_requests and bool(self._running)
-        while self._waiting and len(self._running) < self._max_batch_size and not closed:
-            self._running.append(self._waiting.popleft())
-        return list(self._running)
+        with self._lock:
+            self._running = [ticket for ticket in self._running if not ticket.unwanted]
+            closed = self._whole_requests and bool(self._running)
+            while self._waiting and len(self._running) < self._max_batch_size and not closed:
+                ticket = self._waiting.popleft()
+                if not ticket.unwanted:
+                    self._running.append(ticket)
+            return list(self._running)
 
-    async def _cycle(self, tickets: list[Ticket], started: float) -> None:
-        """One step of the tickets, those first that are new. started: of the cycle, with the wait for its turn."""
-        loop, begun = asyncio.get_running_loop(), time.monotonic()
-        try:
-            for ticket, error in await loop.run_in_executor(self._thread, self._admit, tickets, begun):
-                _fail((ticket,), error)
-                tickets.remove(ticket)
-                self._running.remove(ticket)
-            due = await loop.run_in_executor(self._thread, self._step, tickets)
-        except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
-            _fail(tickets, fault)
-            self._running.clear()
-            return
-        for ticket, preview, pixels in due:
-            ticket.deliver(pixels, preview)
-        self._running = [ticket for ticket in self._running if ticket.steps_left]
-        self._account(len(tickets), time.monotonic() - started)
-
-    def _admit(self, tickets: list[Ticket], now: float) -> list[tuple[Ticket, Exception]]:
+    def _admit(self, tickets: list[Ticket]) -> list[tuple[Ticket, Exception]]:
         """Starts the newcomers; those that cannot be started, and why."""
-        failed: list[tuple[Ticket, Exception]] = []
+        now = time.monotonic()
         newcomers = [ticket for ticket in tickets if ticket.sample is None]
-        if newcomers:
-            samples = self._denoiser.admit([ticket.spec for ticket in newcomers])
-            for ticket, sample in zip(newcomers, samples, strict=True):
-                if isinstance(sample, Exception):
-                    failed.append((ticket, sample))
-                else:
-                    ticket.sample, ticket.started = sample, now
+        failed: list[tuple[Ticket, Exception]] = [(each, _too_late()) for each in newcomers if each.expires <= now]
+        timely = [ticket for ticket in newcomers if ticket.expires > now]
+        samples = self._denoiser.admit([ticket.spec for ticket in timely]) if timely else []
+        for ticket, sample in zip(timely, samples, strict=True):
+            if isinstance(sample, Exception):
+                failed.append((ticket, sample))
+            else:
+                ticket.sample, ticket.started = sample, now
         return failed
 
     def _step(self, tickets: list[Ticket]) -> list[tuple[Ticket, int | None, Tensor]]:
@@ -253,12 +273,18 @@ class StepEngine:
             self._observe(Cycle(batch_size, len(self._waiting), seconds))
 
     def _drop_unwanted(self) -> None:
-        self._running = [ticket for ticket in self._running if not ticket.unwanted]
         now = time.monotonic()
-        late = [ticket for ticket in self._waiting if ticket.expires <= now]
-        _fail(late, TooLateError("the request waited until its time was over"))
-        if late or any(ticket.unwanted for ticket in self._waiting):
-            self._waiting = deque(each for each in self._waiting if not each.unwanted and each.expires > now)
+        with self._lock:
+            self._running = [ticket for ticket in self._running if not ticket.unwanted]
+            late = [ticket for ticket in self._waiting if ticket.expires <= now]
+            if late or any(ticket.unwanted for ticket in self._waiting):
+                self._waiting = deque(each for each in self._waiting if not each.unwanted and each.expires > now)
+        for ticket in late:
+            _fail((ticket,), _too_late())
+
+
+def _too_late() -> TooLateError:
+    return TooLateError("the request waited until its time was over")
 
 
 def _fail(tickets: Iterable[Ticket], error: Exception) -> None:

@@ -12,7 +12,6 @@ others.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import hashlib
 import mmap
@@ -21,9 +20,8 @@ import secrets
 import struct
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Executor, Future
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -79,7 +77,7 @@ _NOBODY: Final = _Claim(0, 0.0, 0.0)
 
 
 class Turns:
-    """`async with turns.taken(thread, since): ...` holds one of `at_once` turns; who waits does so on `thread`.
+    """`with turns.held(since): ...` waits for one of `at_once` turns.
 
     Processes of one user on one machine share the turns of a device, if they say the same `at_once`.
 
@@ -121,19 +119,15 @@ class Turns:
             with self._alone():
                 self._wake()
 
-    @asynccontextmanager
-    async def taken(self, thread: Executor, since: float) -> AsyncIterator[None]:
-        """Its turn lasts as long as the block."""
-        turn = thread.submit(self.acquire, since)
+    @contextmanager
+    def held(self, since: float) -> Iterator[None]:
+        """A turn, as long as the block lasts."""
+        mine = self.acquire(since)
         try:
-            await asyncio.wrap_future(turn)
             yield
-        finally:  # also when the caller was cancelled while it waited, whenever its turn comes then
-            turn.add_done_callback(self._give_back)
-
-    def _give_back(self, turn: Future[bool]) -> None:
-        if not turn.cancelled() and turn.exception() is None and turn.result():
-            self.release()
+        finally:
+            if mine:
+                self.release()
 
     def _wait(self, since: float, ends: float) -> bool:
         whose, place = secrets.randbits(63) | 1, None
