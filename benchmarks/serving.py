@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-serve", help="release and measurements so far")
     parser.add_argument("--fresh", action="store_true", help="measure all again")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of one trace")
+    parser.add_argument("--seconds", type=float, default=24.0, help="of one trace")
     args = parser.parse_args()
     if args.fresh:
         shutil.rmtree(args.work, ignore_errors=True)
