@@ -10,7 +10,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -90,11 +90,12 @@ def play(target: Target, requests: Sequence[Request], enough: Callable[[Outcome]
     enough: says of the outcome so far whether nothing more need be sent; what was not sent is not in the outcome.
     """
     outcome = Outcome([], 0)
+    over = asyncio.Event()
 
     async def one(http: httpx.AsyncClient, due: float, prompt: str, seed: int) -> None:
         nonlocal outcome
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        if enough is not None and enough(outcome):
+        with suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), due - time.perf_counter())
             return
         try:
             ok = (await http.post(target.url, json=target.body(prompt, seed))).status_code == httpx.codes.OK
@@ -104,6 +105,8 @@ def play(target: Target, requests: Sequence[Request], enough: Callable[[Outcome]
             outcome.latencies.append(time.perf_counter() - due)
         else:
             outcome = Outcome(outcome.latencies, outcome.failed + 1)
+        if enough is not None and enough(outcome):
+            over.set()
 
     async def main() -> None:
         async with _client() as http:
