@@ -2,7 +2,8 @@
 
     make bench-serve            goes on where it was interrupted; FRESH=1 starts over
 
-Every server is up at once and they take turns, trace by trace, so that whatever else the machine does meets them alike.
+The servers that are compared are up at once and take turns, trace by trace, so that whatever else the machine does
+meets them alike.
 Requests are sent when a trace says and timed from then; the traces of all servers are the same. Goodput is the largest
 rate, in twentieths of the server's own capacity, at which 99 % are answered within the target: three times what the
 teacher's image takes alone on the plain FastAPI server.
