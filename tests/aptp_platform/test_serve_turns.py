@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from aptp_platform.serve.batching import StepEngine
 from aptp_platform.serve.denoising import Denoiser, SampleSpec
 from aptp_platform.serve.packing import PackedConv2d, PackedLinear, pack_weights
+from aptp_platform.serve.semaphores import Semaphores
 from aptp_platform.serve.turns import Turns
 
 HOLDER = """
@@ -29,8 +32,10 @@ time.sleep(60)
 
 
 @pytest.fixture
-def device() -> Iterator[str]:
-    """A device of this test's own; its semaphores are removed, which a server leaves to the next one."""
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A device of this test's own; its semaphores and its table are removed, which a server leaves to the next one."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for other processes
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     name = f"test {os.getpid()} {time.monotonic_ns()}"
     yield name
     for at_once in (1, 2):
@@ -117,6 +122,21 @@ def test_turns_that_were_removed_stop_nobody(device: str, thread: ThreadPoolExec
     assert not waits.result(timeout=5)
     turns.release()
     assert not turns.acquire(time.monotonic())
+
+
+def test_turns_that_are_removed_as_they_are_made_are_refused_by_name(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = Semaphores.get
+
+    def get_from_nothing(self: Semaphores, which: int) -> int:
+        self.remove()
+        return get(self, which)
+
+    monkeypatch.setattr(Semaphores, "get", get_from_nothing)
+    with pytest.raises(ValueError, match="leave 'turns' unset"):
+        Turns(device, 1)
+    monkeypatch.undo()
 
 
 def test_an_engine_that_is_closed_while_it_waits_keeps_no_turn(device: str) -> None:

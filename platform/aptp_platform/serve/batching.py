@@ -221,9 +221,9 @@ class StepEngine:
             outcome, tickets = _Outcome(), self._seat()  # those too that came while it was the turn of others
             try:
                 outcome.failed = self._admit(tickets)
-                stepped = [ticket for ticket in tickets if ticket.sample is not None]
-                outcome.due = self._step(stepped) if stepped else []
-                outcome.stepped = stepped
+                alive = [(ticket, ticket.sample) for ticket in tickets if ticket.sample is not None]
+                outcome.due = self._step(alive) if alive else []
+                outcome.stepped = [ticket for ticket, _ in alive]
             except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
                 outcome.failed = [(ticket, fault) for ticket in tickets]
             return outcome
@@ -253,9 +253,8 @@ class StepEngine:
                 ticket.sample, ticket.started = sample, now
         return failed
 
-    def _step(self, tickets: list[Ticket]) -> list[tuple[Ticket, int | None, Tensor]]:
+    def _step(self, alive: list[tuple[Ticket, Sample]]) -> list[tuple[Ticket, int | None, Tensor]]:
         """One step for all; the pixels of those that are finished or due for a preview."""
-        alive = [(ticket, ticket.sample) for ticket in tickets if ticket.sample is not None]
         self._denoiser.step([sample for _, sample in alive])
         due = []
         for ticket, sample in alive:

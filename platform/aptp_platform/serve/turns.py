@@ -98,7 +98,7 @@ class Turns:
                 self._semaphores.set(_MUTEX, 1)
                 self._semaphores.set(_IS_SET, 1)
             self._claims = _Claims(descriptor)
-        except ValueError as error:
+        except (ValueError, SemaphoresGoneError) as error:
             raise ValueError(f"turns: {error}; leave 'turns' unset") from None
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # the table keeps the file, and with it the lock
