@@ -112,7 +112,8 @@ class Bench:
         self.targets, self.seconds, self.known = targets, seconds, known
 
     def capacities(self) -> dict[str, float]:
-        """Of all servers that are up; each round asks them in turn, so that a slow minute of the machine is shared."""
+        """Of all servers. Each round asks them in turn, so that a slow minute of the machine is shared; one that is
+        gone by now has had its rounds for its tail."""
         for number in range(ROUNDS):
             for name in self.targets:
                 self._capacity(name, number)
@@ -153,7 +154,7 @@ class Bench:
         """Whether 99 % of a trace are answered in time; when that cannot be any more, the rest is not sent."""
         requests, target_s = trace.requests(PROMPTS), self.target_s
         may_be_late = len(requests) - math.ceil(IN_TIME * len(requests))
-        outcome = self._play(name, trace, enough=lambda so_far: so_far.late(target_s) > may_be_late)
+        outcome = self._play(name, trace, "while it may be met", lambda so_far: so_far.late(target_s) > may_be_late)
         return outcome.late(target_s) <= may_be_late
 
     def tail(self, peer: str, kind: Kind) -> dict[str, float]:
@@ -168,21 +169,19 @@ class Bench:
             for seed in SEEDS:
                 for name, outcomes in pooled.items():
                     trace = Trace(kind, seed, 0.7 * self.capacity(peer), self.seconds)
-                    outcomes.append(self._play(name, trace, number))
+                    outcomes.append(self._play(name, trace, f"round {number}"))
             for name, outcomes in pooled.items():
                 found[name].append(_pooled(outcomes).percentile(0.99))
         return {name: statistics.median(values) for name, values in found.items()}
 
-    def _play(
-        self, name: str, trace: Trace, number: int = 0, enough: Callable[[Outcome], bool] | None = None
-    ) -> Outcome:
-        label = f"{name} {trace.kind} seed {trace.seed} at {trace.rate:.3f}/s for {trace.seconds:g} s, round {number}"
+    def _play(self, name: str, trace: Trace, why: str, enough: Callable[[Outcome], bool] | None = None) -> Outcome:
+        label = f"{name} {trace.kind} seed {trace.seed} at {trace.rate:.3f}/s for {trace.seconds:g} s, {why}"
 
         def measure() -> dict[str, Any]:
             outcome = play(self.targets[name], trace.requests(PROMPTS), enough)
             return {"latencies": outcome.latencies, "failed": outcome.failed}
 
-        return Outcome(**self.known.get(label if enough is None else f"{label}, while it may be met", measure))
+        return Outcome(**self.known.get(label, measure))
 
 
 def ratios(

@@ -133,10 +133,10 @@ def test_turns_that_are_removed_as_they_are_made_are_refused_by_name(
         self.remove()
         return get(self, which)
 
-    monkeypatch.setattr(Semaphores, "get", get_from_nothing)
-    with pytest.raises(ValueError, match="leave 'turns' unset"):
-        Turns(device, 1)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Semaphores, "get", get_from_nothing)
+        with pytest.raises(ValueError, match="leave 'turns' unset"):
+            Turns(device, 1)
 
 
 def test_an_engine_that_is_closed_while_it_waits_keeps_no_turn(device: str) -> None:
