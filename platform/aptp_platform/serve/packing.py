@@ -12,15 +12,18 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 _ROWS: Final = 256  # that a linear map's layout is chosen for; it hardly depends on them
+_FEW_PIXELS: Final = 16  # of an image, up to which a convolution is faster as a matrix product over its patches
+_MANY_PIXELS: Final = 1024  # of a batch, from which laying out the weights anew is nothing beside their use
 
 
 class PackedConv2d(nn.Module):
     """A convolution without gradients, equal to its source up to rounding.
 
     The layout that is fastest depends on the size of the images, and any other than the kernel's choice is slower than
-    a plain one: images of another size than `shape`'s go through the source.
+    a plain one: images of another size than `shape`'s go through the source, and so do batches of many pixels.
     """
 
     def __init__(self, source: nn.Conv2d, shape: torch.Size) -> None:
@@ -32,7 +35,7 @@ class PackedConv2d(nn.Module):
         self._weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry, list(shape))
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[1:] != self._size:
+        if images.shape[1:] != self._size or images.shape[0] * self._size[1:].numel() >= _MANY_PIXELS:
             return self.source(images)
         result: Tensor = torch.ops.mkldnn._convolution_pointwise(
             images, self._weight, self.source.bias, *self._geometry, "none", [], ""
@@ -40,12 +43,43 @@ class PackedConv2d(nn.Module):
         return result
 
 
+class PatchConv2d(nn.Module):
+    """A convolution of one group, without dilation and gradients, as a linear map of each pixel's patch.
+
+    The matrix kernels fill their registers with pixels of the whole batch, those for convolutions with one image's: of
+    the deepest feature maps, 2 x 2 or 4 x 4, that leaves half of them empty. Larger images go through the source.
+    """
+
+    def __init__(self, source: nn.Conv2d) -> None:
+        super().__init__()
+        assert _fits_patches(source)
+        assert not isinstance(source.padding, str)
+        self.source, (above, beside) = source, source.padding
+        self._weight = _packed(source.weight.permute(0, 2, 3, 1).flatten(1))
+        self._padding = [0, 0, beside, beside, above, above]
+
+    def forward(self, images: Tensor) -> Tensor:
+        kernel, stride = self.source.kernel_size, self.source.stride
+        borders = self._padding[-2], self._padding[2]
+        sides = zip(images.shape[2:], borders, kernel, stride, strict=True)
+        height, width = ((side + 2 * border - reach) // step + 1 for side, border, reach, step in sides)
+        if height * width > _FEW_PIXELS:
+            return self.source(images)
+        padded = pad(images.permute(0, 2, 3, 1), self._padding).contiguous()
+        row, y, x, _ = padded.stride()
+        patches = padded.as_strided(
+            (len(images), height, width, *kernel, images.shape[1]), (row, y * stride[0], x * stride[1], y, x, 1)
+        ).reshape(len(images) * height * width, -1)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(patches, self._weight, self.source.bias, "none", [], "")
+        return result.view(len(images), height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
 class PackedLinear(nn.Module):
     """A linear map without gradients, equal to its source up to rounding."""
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(source.weight.detach(), _ROWS)
+        self._weight = _packed(source.weight)
         self._bias = None if source.bias is None else source.bias.detach()
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -84,7 +118,25 @@ def pack_weights(modules: Iterable[nn.Module], trial: Callable[[], Any]) -> None
         if isinstance(child, nn.Linear):
             setattr(parent, name, PackedLinear(child))
         elif isinstance(child, nn.Conv2d) and child in shapes:
-            setattr(parent, name, PackedConv2d(child, shapes[child]))
+            setattr(parent, name, _packed_convolution(child, shapes[child]))
+
+
+def _packed_convolution(source: nn.Conv2d, shape: torch.Size) -> nn.Module:
+    down, right = source.stride
+    if shape[-2] * shape[-1] <= _FEW_PIXELS * down * right and _fits_patches(source):
+        return PatchConv2d(source)
+    if source.kernel_size == (1, 1):  # the plain kernel reads their few weights as they are
+        return source
+    return PackedConv2d(source, shape)
+
+
+def _fits_patches(source: nn.Conv2d) -> bool:
+    return source.groups == 1 and source.dilation == (1, 1) and not isinstance(source.padding, str)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+    return result
 
 
 def _packs(module: Any) -> bool:
