@@ -48,15 +48,15 @@ class Sample:
         self._scheduler, self._generator = scheduler, generator
         self._timesteps: Sequence[Tensor] = list(scheduler.timesteps)
         self._estimate = latents
-        self._steps_done = self._previews_done = 0
+        self.steps_done = self._previews_done = 0
 
     @property
     def steps_left(self) -> int:
-        return len(self._timesteps) - self._steps_done
+        return len(self._timesteps) - self.steps_done
 
     @property
     def timestep(self) -> Tensor:
-        return self._timesteps[self._steps_done]
+        return self._timesteps[self.steps_done]
 
     @property
     def scaled(self) -> Float[Tensor, "1 channel height width"]:
@@ -75,12 +75,12 @@ class Sample:
         self.latents = result.prev_sample
         estimate = getattr(result, "pred_original_sample", None)
         self._estimate = self.latents if estimate is None else estimate
-        self._steps_done += 1
+        self.steps_done += 1
 
     def take_preview(self) -> int | None:
         """The number of the preview that is due after the last step, or None; previews are spread evenly."""
         wanted, total = self.spec.num_previews, len(self._timesteps)
-        due = min(wanted, self._steps_done * (wanted + 1) // total)
+        due = min(wanted, self.steps_done * (wanted + 1) // total)
         if not self.steps_left or due <= self._previews_done:
             return None
         self._previews_done = due
@@ -98,7 +98,8 @@ class Denoiser:
         self._unet, self._vae, self._scheduler = unet, vae, scheduler
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
         self._counter = copy.deepcopy(tokenizer)  # a call changes a tokenizer, and `count_tokens` comes on any thread
-        self._dtype = unet.dtype  # asked of a diffusers model, it looks through all of it
+        # Asked for one of these, a diffusers model looks through all its modules.
+        self._dtype, self._device, self._vae_dtype = unet.dtype, unet.device, vae.dtype
         self._texts: OrderedDict[str, Float[Tensor, "1 token dim"]] = OrderedDict()
         self.pixels_per_latent = 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -124,8 +125,8 @@ class Denoiser:
         width, height = (side // self.pixels_per_latent for side in spec.size)
         noise = torch.randn(1, self._unet.config.in_channels, height, width, generator=generator)
         scheduler = copy.deepcopy(self._scheduler)
-        scheduler.set_timesteps(spec.num_inference_steps, device=self._unet.device)
-        latents = noise.to(self._unet.device) * scheduler.init_noise_sigma
+        scheduler.set_timesteps(spec.num_inference_steps, device=self._device)
+        latents = noise.to(self._device) * scheduler.init_noise_sigma
         negative = texts[spec.negative_prompt] if spec.guidance_scale > 1 else None
         return Sample(spec, scheduler, generator, latents, texts[spec.prompt], negative)
 
@@ -155,7 +156,7 @@ class Denoiser:
         shift = getattr(config, "shift_factor", None) or 0.0
         for group in _by_size(samples):
             latents = torch.cat([sample.estimate for sample in group]) / config.scaling_factor + shift
-            decoded = self._vae.decode(latents.to(self._vae.dtype)).sample.float()
+            decoded = self._vae.decode(latents.to(self._vae_dtype)).sample.float()
             pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8)
             images.update((id(sample), image) for sample, image in zip(group, pixels, strict=True))
         return [images[id(sample)] for sample in samples]
@@ -166,8 +167,8 @@ class Denoiser:
 
     def synchronize(self) -> None:
         """Returns when the device has done all that it was given."""
-        if self._unet.device.type != "cpu":
-            torch.accelerator.synchronize(self._unet.device)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
 
     def count_tokens(self, prompt: str) -> int:
         """How many tokens of the prompt the text encoder reads."""
