@@ -7,9 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 
 from aptp_platform.serve.batching import StepEngine
 from aptp_platform.serve.denoising import Denoiser, SampleSpec
-from aptp_platform.serve.packing import PackedConv2d, PackedLinear, pack_weights
+from aptp_platform.serve.packing import PackedConv2d, PackedLinear, PatchConv2d, pack_weights
 from aptp_platform.serve.semaphores import Semaphores
 from aptp_platform.serve.turns import Turns
 
@@ -83,6 +85,90 @@ def test_the_next_turn_is_that_of_the_oldest_request_whenever_it_was_asked_for(d
     with ThreadPoolExecutor(5) as threads:
         list(threads.map(replica, range(5), (9.0, 3.0, 1.0, 4.0, 2.0)))
     assert order == [9.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_whoever_gives_a_turn_back_and_wants_the_next_is_ranked_already(device: str) -> None:
+    """Between two steps nobody is in the table who is on the way to its next one."""
+    returns, waits = Turns(device, 1), Turns(device, 1)
+    with ThreadPoolExecutor(1) as other:
+        assert returns.acquire(1.0)
+        granted = other.submit(waits.acquire, 2.0)
+        while waits._claims.oldest() is None:
+            time.sleep(0.01)
+        returns.release(next_since=1.5)
+        time.sleep(0.1)
+        assert not granted.done()
+        assert returns.acquire(1.5)
+        returns.release(next_since=3.0)
+        assert granted.result(0.15)
+        waits.release()
+    assert returns.is_claimed
+    returns.withdraw()
+    assert Turns(device, 1, patience_s=0.1).acquire(9.0)
+
+
+class _Recorded(Turns):
+    """Turns that write down what they are asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+        self.promised: list[float | None] = []
+
+    is_claimed = False
+
+    @contextmanager
+    def held(self, since: float, then: Callable[[], float | None] = lambda: None) -> Iterator[None]:
+        self.asked.append(since)
+        yield
+        self.promised.append(then())
+
+
+def test_every_step_that_a_request_was_given_sets_it_back_by_one_step_of_the_whole_network() -> None:
+    pipeline, turns = build_pipeline(), _Recorded()
+    denoiser = Denoiser(pipeline.unet, pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, pipeline.scheduler)
+
+    async def main() -> StepEngine:
+        engine = StepEngine(denoiser, max_batch_size=1, max_waiting=1, turns=turns, step_cost=0.5)
+        await asyncio.gather(*(engine.generate(SampleSpec("a cat", seed, 3, 1.0, (16, 16))) for seed in (1, 2)))
+        return engine
+
+    engine = asyncio.run(main())
+    came, step_s = turns.asked[0], 2 * engine._least_step_s
+    assert len(turns.asked) == 6
+    # The second came right after the first and has nothing yet: it is who is furthest behind until it is served too.
+    assert turns.asked[1] == pytest.approx(turns.asked[2])
+    assert came < turns.asked[1] < came + 0.05
+    served = [since - turns.asked[1] for since in turns.asked[3:]]
+    assert served[0] == 0
+    assert served[1] >= step_s  # which is the least so far, and falls
+    assert served[2] >= 2 * step_s
+    assert turns.promised == [*turns.asked[1:], None]
+
+
+def test_a_request_of_many_steps_lets_short_ones_pass(device: str) -> None:
+    pipeline = build_pipeline()
+    ends: list[str] = []
+
+    async def order(engine: StepEngine, name: str, steps: int) -> None:
+        await engine.generate(SampleSpec("a cat", 1, steps, 1.0, (16, 16)))
+        ends.append(name)
+
+    async def main() -> None:
+        denoisers = [
+            Denoiser(pipeline.unet, pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, pipeline.scheduler)
+            for _ in range(2)
+        ]
+        long, short = (
+            StepEngine(denoiser, max_batch_size=1, max_waiting=9, turns=Turns(device, 1)) for denoiser in denoisers
+        )
+        begun = asyncio.create_task(order(long, "long", 80))
+        while not long.cycle_s:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(begun, *(order(short, "short", 3) for _ in range(3)))
+        await asyncio.gather(long.close(), short.close())
+
+    asyncio.run(main())
+    assert ends == ["short"] * 3 + ["long"]
 
 
 def test_a_claim_of_the_dead_holds_nobody_up(device: str) -> None:
@@ -169,9 +255,9 @@ def test_a_packed_network_answers_as_its_source_for_any_batch_and_size() -> None
 
     pack_weights([packed], lambda: packed(*inputs(2, 8, 8, 4)))
     kinds = {type(module) for module in packed.modules()}
-    assert {PackedConv2d, PackedLinear} <= kinds
+    assert {PackedConv2d, PatchConv2d, PackedLinear} <= kinds
     assert nn.Linear not in kinds
-    for given in (inputs(1, 8, 8, 3), inputs(5, 8, 8, 77), inputs(3, 8, 16, 4)):
+    for given in (inputs(1, 8, 8, 3), inputs(5, 8, 8, 77), inputs(20, 8, 8, 4), inputs(3, 8, 16, 4)):
         torch.testing.assert_close(packed(*given).sample, source(*given).sample, rtol=1e-4, atol=1e-5)
 
 
@@ -184,3 +270,13 @@ def test_what_has_no_packed_kernel_is_left_alone() -> None:
     before = list(kept)
     pack_weights([kept], lambda: None)
     assert all(one is other for one, other in zip(kept, before, strict=True))
+
+
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"stride": (1, 2), "padding": (2, 0)}])
+@torch.inference_mode()
+def test_a_convolution_over_patches_is_the_convolution(geometry: dict[str, Any]) -> None:
+    source = nn.Conv2d(5, 7, (3, 2), **geometry)
+    patches = PatchConv2d(source)
+    for size in ((2, 5, 4, 5), (1, 5, 3, 2), (3, 5, 9, 11)):
+        images = torch.randn(size)
+        torch.testing.assert_close(patches(images), source(images), rtol=1e-4, atol=1e-5)

@@ -77,6 +77,10 @@ class Ticket:
     def steps_left(self) -> int:
         return self.spec.num_inference_steps if self.sample is None else self.sample.steps_left
 
+    @property
+    def steps_done(self) -> int:
+        return 0 if self.sample is None else self.sample.steps_done
+
     async def images(self) -> AsyncIterator[Rendered]:
         """The previews that the spec wants, then the finished image."""
         while True:
@@ -115,6 +119,7 @@ class StepEngine:
         whole_requests: newcomers wait until the whole batch is done, as batching servers do that know no steps. It is
             here to be compared with.
         turns: waits for one before every step, where replicas share a device; None: computes whenever it has to.
+        step_cost: of this network, as a share of the whole one's; says how much service a step is.
         observe: called after every cycle, on the event loop.
     """
 
@@ -126,6 +131,7 @@ class StepEngine:
         max_waiting: int,
         whole_requests: bool = False,
         turns: Turns | None = None,
+        step_cost: float = 1.0,
         observe: Callable[[Cycle], None] | None = None,
     ) -> None:
         if max_batch_size < 1 or max_waiting < 0:
@@ -133,7 +139,9 @@ class StepEngine:
                 f"max_batch_size {max_batch_size} must be at least 1, max_waiting {max_waiting} at least 0"
             )
         self._denoiser, self._whole_requests, self._observe = denoiser, whole_requests, observe
-        self._max_batch_size, self._max_waiting, self._turns = max_batch_size, max_waiting, turns
+        self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
+        self._turns, self._step_cost = turns, step_cost
+        self._least_step_s = 0.0  # 0 before the first
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._lock = threading.Lock()  # the thread seats who waits; all else about these two is the event loop's
@@ -201,11 +209,12 @@ class StepEngine:
             self._drop_unwanted()
             if not self._running and not self._waiting:
                 self._wake.clear()
+                if self._turns is not None and self._turns.is_claimed:  # for somebody who has gone meanwhile
+                    await asyncio.get_running_loop().run_in_executor(self._thread, self._turns.withdraw)
                 await self._wake.wait()
                 continue
             started = time.monotonic()
-            oldest = min(ticket.arrived for ticket in (*self._running, *self._waiting))
-            outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._cycle, oldest)
+            outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._cycle)
             for ticket, error in outcome.failed:
                 _fail((ticket,), error)
             for ticket, preview, pixels in outcome.due:
@@ -215,10 +224,12 @@ class StepEngine:
             if outcome.stepped:
                 self._account(len(outcome.stepped), time.monotonic() - started)
 
-    def _cycle(self, oldest: float) -> _Outcome:
+    def _cycle(self) -> _Outcome:
         """One step of all who have a place when its turn has come."""
-        with self._turns.held(oldest) if self._turns else nullcontext():
-            outcome, tickets = _Outcome(), self._seat()  # those too that came while it was the turn of others
+        outcome = _Outcome()
+        turn = self._turns.held(self._since() or 0.0, self._since) if self._turns else nullcontext()
+        with turn:
+            tickets = self._seat()  # those too that came while it was the turn of others
             try:
                 outcome.failed = self._admit(tickets)
                 alive = [(ticket, ticket.sample) for ticket in tickets if ticket.sample is not None]
@@ -226,7 +237,18 @@ class StepEngine:
                 outcome.stepped = [ticket for ticket, _ in alive]
             except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
                 outcome.failed = [(ticket, fault) for ticket in tickets]
-            return outcome
+        return outcome
+
+    def _since(self) -> float | None:
+        """From when the one waits that is furthest behind: since it came, less what it was given.
+
+        A step given counts as the least time that one of the whole network takes. So of two requests that came together
+        the one with more to do goes first, which evens their ends; and one of very many steps does not hold up others.
+        """
+        step_s = self._least_step_s / self._step_cost
+        with self._lock:
+            tickets = [each for each in (*self._running, *self._waiting) if each.steps_left and not each.unwanted]
+        return min((each.arrived + step_s * each.steps_done for each in tickets), default=None)
 
     def _seat(self) -> list[Ticket]:
         """Who takes part in the next step: those who run, and of those who wait as many as there are places."""
@@ -255,6 +277,7 @@ class StepEngine:
 
     def _step(self, alive: list[tuple[Ticket, Sample]]) -> list[tuple[Ticket, int | None, Tensor]]:
         """One step for all; the pixels of those that are finished or due for a preview."""
+        started = time.monotonic()
         self._denoiser.step([sample for _, sample in alive])
         due = []
         for ticket, sample in alive:
@@ -264,6 +287,7 @@ class StepEngine:
         pixels = self._denoiser.decode([sample for _, sample, _ in due])
         if self._turns:
             self._denoiser.synchronize()
+        self._least_step_s = min(self._least_step_s or math.inf, time.monotonic() - started)
         return [(ticket, preview, image) for (ticket, _, preview), image in zip(due, pixels, strict=True)]
 
     def _account(self, batch_size: int, seconds: float) -> None:

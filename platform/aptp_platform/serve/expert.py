@@ -48,6 +48,7 @@ class Expert:
             max_waiting=args.batch_bound + args.max_waiting - self._batch_limit,
             whole_requests=args.batching == "requests",
             turns=None if args.turns is None else Turns(_device_name(args.device), args.turns),
+            step_cost=1.0 if index is None else catalog.codes[index].ratio,
             observe=metrics.observe,
         )
 

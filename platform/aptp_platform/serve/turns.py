@@ -1,8 +1,11 @@
-"""Turns: of the replicas on one device only so many compute a step at once, first the one with the oldest request.
+"""Turns: of the replicas on one device only so many compute a step at once, first the one whose request waits longest.
 
 Left to the operating system (or to a GPU's time slices), all models that are busy share the device evenly, so that each
-image takes as long as all of them together. With turns between steps, the same work ends in the order in which it came,
+image takes as long as all of them together. With turns between steps, the requests that are furthest behind come first,
 and the tail of the latencies is shorter. Only an engine that works step by step has turns so short to offer.
+
+Who gives a turn back and wants the next one says so in the same breath. Otherwise a device would go to somebody else
+between any two steps, however little that one's request is behind.
 
 A turn is a semaphore that the kernel gives back when its holder is killed; who waits says since when its oldest request
 does, in a table that all processes map. It is a courtesy and no lock: no step waits for its turn longer than
@@ -20,7 +23,7 @@ import secrets
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -79,7 +82,8 @@ _NOBODY: Final = _Claim(0, 0.0, 0.0)
 class Turns:
     """`with turns.held(since): ...` waits for one of `at_once` turns.
 
-    Processes of one user on one machine share the turns of a device, if they say the same `at_once`.
+    Processes of one user on one machine share the turns of a device, if they say the same `at_once`. Each waits with a
+    `Turns` of its own, for one turn at a time.
 
     Raises:
         ValueError: this machine has no System V semaphores.
@@ -87,6 +91,7 @@ class Turns:
 
     def __init__(self, device: str, at_once: int, *, patience_s: float = _PATIENCE_S) -> None:
         self._patience_s = patience_s
+        self._whose, self._place = secrets.randbits(63) | 1, 0
         name = f"{os.getuid()} {device} {at_once} oldest first"
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") & 0x7FFFFFFF | 1
         descriptor = os.open(Path(tempfile.gettempdir()) / f"aptp-turns-{key:08x}", os.O_RDWR | os.O_CREAT, 0o600)
@@ -107,45 +112,66 @@ class Turns:
     def acquire(self, since: float) -> bool:
         """Blocks until it is this caller's turn; False if that took too long, or there are no turns any more.
 
-        since: `time.monotonic()` when the oldest request came for which the turn is wanted.
+        since: `time.monotonic()` from when the request waits, for which the turn is wanted; the earliest comes first.
         """
         with suppress(SemaphoresGoneError):
             return self._wait(since, time.monotonic() + self._patience_s)
         return False
 
-    def release(self) -> None:
-        with suppress(SemaphoresGoneError):
+    def release(self, next_since: float | None = None) -> None:
+        """Gives the turn back; next_since: the `since` of the `acquire` that follows at once, to be ranked already."""
+        with suppress(SemaphoresGoneError), self._alone():
+            if next_since is not None:
+                self._claim(next_since)
             self._semaphores.add(_TURNS, undo=True)
-            with self._alone():
+            self._wake()
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a turn is kept for this caller, who said on `release` that the next one would be wanted."""
+        claim = self._claims[self._place]
+        return claim.whose == self._whose and claim.counts
+
+    def withdraw(self) -> None:
+        """Nothing more is wanted, whatever `release` was told."""
+        with suppress(SemaphoresGoneError), self._alone():
+            if self.is_claimed:
+                self._claims[self._place] = _NOBODY
                 self._wake()
 
     @contextmanager
-    def held(self, since: float) -> Iterator[None]:
-        """A turn, as long as the block lasts."""
+    def held(self, since: float, then: Callable[[], float | None] = lambda: None) -> Iterator[None]:
+        """A turn, as long as the block lasts; then: asked at its end for the `next_since` of `release`."""
         mine = self.acquire(since)
         try:
             yield
         finally:
             if mine:
-                self.release()
+                self.release(then())
 
     def _wait(self, since: float, ends: float) -> bool:
-        whose, place = secrets.randbits(63) | 1, None
         while True:
             with self._alone():
-                if place is None or self._claims[place].whose != whose:  # or it hung, and another has its place
-                    place = self._claims.free()
-                    if place is None:
-                        return False
-                    self._semaphores.set(_FIRST_PLACE + place, 0)
+                if not self._claim(since):
+                    return False
                 now = time.monotonic()
-                self._claims[place] = _Claim(whose, since, now)
-                mine = self._claims.oldest() == place and self._semaphores.take(_TURNS, 0.0, undo=True)
+                mine = self._claims.oldest() == self._place and self._semaphores.take(_TURNS, 0.0, undo=True)
                 if mine or now >= ends:
-                    self._claims[place] = _NOBODY
+                    self._claims[self._place] = _NOBODY
                     self._wake()  # the next one, if there is a turn more
                     return mine
-            self._semaphores.take(_FIRST_PLACE + place, min(_LOOK_AGAIN_S, ends - now), undo=False)
+            self._semaphores.take(_FIRST_PLACE + self._place, min(_LOOK_AGAIN_S, ends - now), undo=False)
+
+    def _claim(self, since: float) -> bool:
+        """Takes or renews this caller's place; False if there is none."""
+        if self._claims[self._place].whose != self._whose:  # it has none yet, or hung, and another has its place
+            place = self._claims.free()
+            if place is None:
+                return False
+            self._place = place
+            self._semaphores.set(_FIRST_PLACE + place, 0)
+        self._claims[self._place] = _Claim(self._whose, since, time.monotonic())
+        return True
 
     def _wake(self) -> None:
         place = self._claims.oldest()
