@@ -18,7 +18,7 @@ import ray
 from ray import serve
 
 from aptp.release import Release
-from aptp_platform.cluster import free_ports
+from aptp_platform.cluster import ONE_MACHINE, free_ports
 from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
 from benchmarks import noop_chain
@@ -34,8 +34,7 @@ GUIDANCE: Final = 7.5
 def ray_serve() -> Iterator[str]:
     """Ray Serve on loopback, without any application; its address."""
     (port,) = free_ports(1)
-    # Ray makes its workers nice, and the peers are not.
-    os.environ.update(RAY_worker_niceness="0", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    os.environ.update(ONE_MACHINE, RAY_USAGE_STATS_ENABLED="0")
     try:
         ray.init(
             address="local",
