@@ -70,8 +70,8 @@ class ExpertArgs(_Section):
     turns: int | None = Field(
         default=None,
         ge=1,
-        description="replicas of a device (a node's CPUs, one GPU) that compute a step at once, first those with the "
-        "oldest request; unset: all, and each is slower for it",
+        description="replicas of a device (a node's CPUs, one GPU) that compute a step at once, first the one whose "
+        "request is furthest behind; unset: all, and each is slower for it",
     )
     max_waiting: int = Field(default=8, ge=0, description="requests a replica holds ready to join the batch")
     max_queued_requests: int = Field(default=64, ge=1, description="more that wait for a replica get a 429")

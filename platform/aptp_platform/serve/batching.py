@@ -227,7 +227,7 @@ class StepEngine:
     def _cycle(self) -> _Outcome:
         """One step of all who have a place when its turn has come."""
         outcome = _Outcome()
-        turn = self._turns.held(self._since() or 0.0, self._since) if self._turns else nullcontext()
+        turn = self._turns.held(self._since() or time.monotonic(), self._since) if self._turns else nullcontext()
         with turn:
             tickets = self._seat()  # those too that came while it was the turn of others
             try:

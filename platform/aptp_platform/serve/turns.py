@@ -7,8 +7,8 @@ and the tail of the latencies is shorter. Only an engine that works step by step
 Who gives a turn back and wants the next one says so in the same breath. Otherwise a device would go to somebody else
 between any two steps, however little that one's request is behind.
 
-A turn is a semaphore that the kernel gives back when its holder is killed; who waits says since when its oldest request
-does, in a table that all processes map. It is a courtesy and no lock: no step waits for its turn longer than
+A turn is a semaphore that the kernel gives back when its holder is killed; who waits says since when its request does,
+in a table that all processes map. It is a courtesy and no lock: no step waits for its turn longer than
 `patience_s`, and none at all once the semaphores were removed, so that what hangs or is tidied away does not stop the
 others.
 """
