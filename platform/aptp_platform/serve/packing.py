@@ -131,7 +131,7 @@ def _packed_convolution(source: nn.Conv2d, shape: torch.Size) -> nn.Module:
 
 
 def _fits_patches(source: nn.Conv2d) -> bool:
-    return source.groups == 1 and source.dilation == (1, 1) and not isinstance(source.padding, str)
+    return source.groups == 1 and source.dilation == (1, 1)
 
 
 def _packed(weight: Tensor) -> Tensor:
