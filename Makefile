@@ -49,7 +49,7 @@ bench-aptp: setup ## the library's speed and memory as ratios beside their targe
 	$(BIN)/python -m benchmarks.library
 
 soak: setup ## load and faults against a server, as long as they need to be believed
-	$(BIN)/pytest --soak tests/aptp_platform/test_serve_faults.py
+	$(BIN)/pytest --soak tests/aptp_platform/serve/test_faults.py
 
 bench-serve: setup .venv-bench/.ready ## the server against its peers, in ratios; FRESH=1 measures all again
 	PYTHONPATH=.:platform $(BIN)/python -m benchmarks.serving $(if $(FRESH),--fresh)
@@ -63,13 +63,13 @@ bench-serve: setup .venv-bench/.ready ## the server against its peers, in ratios
 	touch $@
 
 demo: setup ## captioned images to served images; FRESH=1 forgets finished stages
-	$(BIN)/python -m aptp_platform.demo $(if $(FRESH),--fresh)
+	$(BIN)/python -m examples.emoji.demo $(if $(FRESH),--fresh)
 
 serve: setup ## serve the demo's release until ^C
-	$(BIN)/python -m aptp_platform.demo --serve
+	$(BIN)/python -m examples.emoji.demo --serve
 
 bench-train: setup ## what training costs beyond its arithmetic; writes benchmarks/results/train.json
-	PYTHONPATH=tests $(BIN)/python benchmarks/train.py
+	$(BIN)/python -m benchmarks.train
 
 lock: ## refresh requirements.lock from pyproject.toml in a new environment
 	rm -rf .venv-lock

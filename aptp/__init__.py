@@ -14,7 +14,7 @@ Read the modules in this order; each imports only what stands above it, and data
     pruning, calibration    stage 1: router and codes are learned on the frozen, gated network, then put on budget
     baselines               codes that other methods choose at the same budget
     finetuning              stage 2: each expert learns from its own prompts and from the full network
-    release, publication    all of it in one folder, read and written
+    release                 all of it in one folder, written and read
     pipeline                images out of that folder
     metrics, analysis       what it is worth, and what the router has learned
 
@@ -54,8 +54,7 @@ if TYPE_CHECKING:
     from aptp.pipeline import AptpOutput, AptpPipeline
     from aptp.prompts import PromptEncoder
     from aptp.pruning import PruningStage
-    from aptp.publication import write_release
-    from aptp.release import BrokenReleaseError, Release, ReleaseInfo, read_release
+    from aptp.release import BrokenReleaseError, Release, ReleaseInfo, read_release, write_release
     from aptp.router import Router, RouterConfig, Routes, UnusedCodeError
     from aptp.sites import Granule, any_order, outermost_first, read_space
     from aptp.slicing import slice_unet
@@ -76,8 +75,7 @@ _HOMES: Final = {
     "calibration": ("Calibration", "calibrate_budget"),
     "baselines": ("block_removal_code", "magnitude_code", "random_code", "random_routing", "uniform_code"),
     "finetuning": ("FinetuningStage",),
-    "release": ("BrokenReleaseError", "Release", "ReleaseInfo", "read_release"),
-    "publication": ("write_release",),
+    "release": ("BrokenReleaseError", "Release", "ReleaseInfo", "read_release", "write_release"),
     "pipeline": ("AptpOutput", "AptpPipeline"),
     "metrics": (
         "FeatureStatistics",

@@ -20,8 +20,7 @@ from aptp.baselines import uniform_code
 from aptp.cost import cost_table
 from aptp.expert import BaseModel, save_expert
 from aptp.prompts import PromptEncoder
-from aptp.publication import write_release
-from aptp.release import Release, ReleaseInfo, read_release
+from aptp.release import Release, ReleaseInfo, read_release, write_release
 from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
 from aptp.slicing import slice_unet

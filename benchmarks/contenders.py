@@ -18,7 +18,7 @@ import ray
 from ray import serve
 
 from aptp.release import Release
-from aptp_platform.cluster import ONE_MACHINE, free_ports
+from aptp_platform.run.cluster import ONE_MACHINE, free_ports
 from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
 from benchmarks import noop_chain

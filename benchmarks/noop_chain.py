@@ -8,9 +8,9 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from aptp_platform.serve.args import ServeArgs
-from aptp_platform.serve.ingress import Ingress
-from aptp_platform.serve.orders import Order, Picture
-from aptp_platform.serve.released import ReleaseSource
+from aptp_platform.serve.http.ingress import Ingress
+from aptp_platform.serve.messages import Order, Picture
+from aptp_platform.serve.release_source import ReleaseSource
 
 # No postponed annotations in this file: FastAPI reads the type of `request`.
 _OPTIONS: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 64}
@@ -29,7 +29,7 @@ class NoopExpert:
 
 def server(args: ServeArgs) -> Application:
     """The server's own ingress and router before a no-op expert that stands for every code."""
-    from aptp_platform.serve.router import Router  # with torch, which the other replicas do without
+    from aptp_platform.serve.routing.router import Router  # with torch, which the other replicas do without
 
     source = ReleaseSource(args.release)
     catalog = source.catalog(with_teacher=False)

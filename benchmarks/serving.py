@@ -27,10 +27,10 @@ import httpx
 import torch
 
 from aptp.release import Release
-from aptp_platform.serve.orders import Order
-from aptp_platform.serve.released import ReleaseSource
-from aptp_platform.serve.router import load_prompt_router
-from aptp_platform.serve.selection import Situation, decide, find
+from aptp_platform.serve.messages import Order
+from aptp_platform.serve.release_source import ReleaseSource
+from aptp_platform.serve.routing.router import load_prompt_router
+from aptp_platform.serve.routing.selection import Situation, decide, find
 from benchmarks.arrivals import Kind, Outcome, Target, Trace, capacity, play
 from benchmarks.bench_release import PROMPTS, bench_release
 from benchmarks.contenders import GUIDANCE, STEPS, contenders, noop_applications, ray_serve, whole_requests

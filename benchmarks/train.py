@@ -1,6 +1,6 @@
 """What training costs beyond its arithmetic: ratios within one run on this machine, over a local S3 server.
 
-    make bench-train        # or: PYTHONPATH=.:platform:tests .venv/bin/python benchmarks/train.py
+    make bench-train        # or: PYTHONPATH=.:platform .venv/bin/python -m benchmarks.train
 
 Every ratio compares two things that took turns in this run; seconds say as much of the machine as of the code.
 """
@@ -27,22 +27,22 @@ import ray.train
 import torch
 import yaml
 from ray._private.internal_api import node_stats
-from s3_server import running_s3_server
 from torch import Tensor
 
 from aptp.losses import LossTerms
-from aptp_platform.cluster import LocalCluster
 from aptp_platform.config import RunConfig, StorageConfig, TrainingConfig, dump_config, parse_config
 from aptp_platform.data.captions import FORMATS, SourceFile, decode_rows, source_files
 from aptp_platform.data.captions import _row as source_row
 from aptp_platform.data.encode import Encoder, encoded_rows
 from aptp_platform.data.encoded import encoded_table, write_part
-from aptp_platform.path import run_stage
-from aptp_platform.storage import Store
+from aptp_platform.run.cluster import LocalCluster
+from aptp_platform.run.path import run_stage
+from aptp_platform.storage.store import Store
 from aptp_platform.train.loop import Work
 from aptp_platform.train.stages import PruneStage
 from aptp_platform.train.stream import Rows, Stream, parts_of
 from aptp_platform.train.trainer import fit
+from tests.support.s3_server import running_s3_server
 
 ROOT = Path(__file__).parents[1]
 SHARDS = 4

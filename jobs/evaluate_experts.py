@@ -4,7 +4,7 @@
         python jobs/evaluate_experts.py --config jobs/configs/demo.yaml
 """
 
-from aptp_platform.job import run_job
+from aptp_platform.run.job import run_job
 
 if __name__ == "__main__":
     run_job("evaluate", __doc__)

@@ -5,7 +5,7 @@ python jobs/make_api_key.py web --macs-per-second 2e12
 
 import argparse
 
-from aptp_platform.serve.keys import make_key
+from aptp_platform.serve.http.keys import make_key
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/prune_unet.py --config jobs/configs/demo.yaml
 """
 
-from aptp_platform.job import run_job
+from aptp_platform.run.job import run_job
 
 if __name__ == "__main__":
     run_job("prune", __doc__)

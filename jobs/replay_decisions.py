@@ -8,9 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from aptp_platform.serve.released import ReleaseSource
-from aptp_platform.serve.replay import replay
-from aptp_platform.storage import StorageConfig
+from aptp_platform.serve.release_source import ReleaseSource
+from aptp_platform.serve.routing.replay import replay
+from aptp_platform.storage.store import StorageConfig
 
 
 def main() -> None:

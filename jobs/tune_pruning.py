@@ -3,8 +3,8 @@
 ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/tune_pruning.py --config jobs/configs/demo.yaml
 """
 
-from aptp_platform.job import run_function
-from aptp_platform.tuner import tune
+from aptp_platform.experts.tune import tune
+from aptp_platform.run.job import run_function
 
 if __name__ == "__main__":
     run_function(tune, __doc__)

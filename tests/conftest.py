@@ -20,9 +20,10 @@ from typing import Any
 
 import hypothesis
 import pytest
-from fault_proxy import fault_proxy
-from local_ray import local_ray
-from s3_server import s3_server
+
+from tests.support.fault_proxy import fault_proxy
+from tests.support.local_ray import local_ray
+from tests.support.s3_server import s3_server
 
 # A busy machine is no failure.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -43,7 +44,7 @@ def soak(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def served(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A `served.Served`. `test_serve_faults` is its last user and ends it, for the sake of later tests."""
-    from served import serving  # imports `aptp`, and the shape checks must be in place before
+    from tests.support.served import serving  # imports `aptp`, and the shape checks must be in place before
 
     with serving(tmp_path_factory.mktemp("serve")) as made:
         yield made

@@ -14,22 +14,37 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = [
     "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "noise", "relax",
     "transport", "router", "losses", "objectives", "pruning", "calibration", "baselines", "finetuning", "release",
-    "publication", "pipeline", "metrics", "analysis",
+    "pipeline", "metrics", "analysis",
 ]  # fmt: skip
-PLATFORM = [
-    "guarded", "storage", "config", "progress", "capacity", "lease", "path", "models", "data", "teacher", "train",
-    "cutting", "report", "scoring", "evaluation", "publishing", "tuner", "job", "cluster", "gallery", "demo",
-]  # fmt: skip
+PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
+    "": ["storage", "config", "models", "run", "data", "train", "experts", "serve"],
+    "storage": ["errors", "store", "lease"],
+    "run": ["layout", "progress", "resources", "path", "job", "cluster"],
+    "data": ["sample", "formats", "captions", "encoded", "encode"],
+    "data/formats": ["tar", "parquet", "listing"],
+    "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "stages", "trainer"],
+    "experts": ["assign", "cut", "score", "report", "evaluate", "publish", "tune"],
+    "serve": [
+        "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",
+    ],
+    "serve/cpu": ["semaphores", "turns", "packing"],
+    "serve/engine": ["images", "denoising", "batch_size", "batching", "metrics", "expert"],
+    "serve/routing": [
+        "overflow", "selection", "prompt_cache", "routing_map", "decision_log", "drift", "metrics", "replay", "router",
+    ],
+    "serve/http": ["static", "keys", "openai", "streams", "metrics", "ingress"],
+}  # fmt: skip
+SERVING_NEEDS = {"config", "storage", "serve"}  # no training
 FORBIDDEN_IN_LIBRARY = {"ray", "deepspeed", "yaml", "fastapi", "httpx", "s3fs", "fsspec", "pyarrow", "aptp_platform"}
 HOMES = {  # where a dependency may be imported, as path prefixes below platform/aptp_platform
     "deepspeed": ("train/engine.py",),
     "fastapi": ("serve/",),
     "ray.serve": ("serve/",),
-    "ray.train": ("train/", "tuner.py"),
-    "ray.tune": ("tuner.py",),
-    "s3fs": ("storage.py",),
-    "fsspec": ("storage.py",),
-    "botocore": ("storage.py",),
+    "ray.train": ("train/", "experts/tune.py"),
+    "ray.tune": ("experts/tune.py",),
+    "s3fs": ("storage/store.py",),
+    "fsspec": ("storage/store.py",),
+    "botocore": ("storage/store.py",),
 }
 
 
@@ -56,7 +71,9 @@ def brought_by(statement: str, modules: set[str]) -> set[str]:
 
 def imported_from(package: str, source: str) -> set[str]:
     """The modules of a package that a source imports."""
-    return {name.split(".")[1] for name in imports_of(source) if name.startswith(f"{package}.")}
+    return {
+        name.removeprefix(f"{package}.").split(".")[0] for name in imports_of(source) if name.startswith(f"{package}.")
+    }
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -67,23 +84,37 @@ def test_a_library_module_imports_only_what_stands_above_it(name: str) -> None:
     assert imported_from("aptp", source) <= set(LIBRARY[: LIBRARY.index(name)])
 
 
+def entries_of(folder: Path) -> set[str]:
+    return {path.stem for path in folder.iterdir() if not path.name.startswith("__")}
+
+
+def below(folder: str, name: str, source: str) -> set[str]:
+    """The entries of a folder that an entry of it imports although they stand below it."""
+    package = ".".join(["aptp_platform", *filter(None, folder.split("/"))])
+    found = imported_from(package, source) & set(PLATFORM[folder])
+    return found - set(PLATFORM[folder][: PLATFORM[folder].index(name) + 1])
+
+
 def test_every_module_stands_in_the_reading_order() -> None:
-    assert {path.stem for path in (ROOT / "aptp").glob("*.py")} - {"__init__"} == set(LIBRARY)
-    entries = {path.stem for path in (ROOT / "platform/aptp_platform").iterdir() if not path.name.startswith("__")}
-    assert entries - {"serve"} == set(PLATFORM)
+    assert entries_of(ROOT / "aptp") - {"py"} == set(LIBRARY)
+    for folder, order in PLATFORM.items():
+        assert entries_of(ROOT / "platform/aptp_platform" / folder) == set(order), folder
+        assert len(order) <= 12, f"{folder} has {len(order)} entries: make a folder of those that belong together"
+    folders = {path.parent for path in (ROOT / "platform/aptp_platform").rglob("*.py")}
+    assert {path.relative_to(ROOT / "platform/aptp_platform") for path in folders} == set(map(Path, PLATFORM))
 
 
 def test_platform_modules_import_only_what_stands_above_them() -> None:
     for path in sorted((ROOT / "platform/aptp_platform").rglob("*.py")):
-        entry = path.relative_to(ROOT / "platform/aptp_platform").parts[0].removesuffix(".py")
-        found = imported_from("aptp_platform", path.read_text())
-        if entry == "__init__":
-            assert not found
-        elif entry == "serve":
-            assert found <= {"config", "storage", "serve"}, f"{path}: serving needs no training"
-        else:
-            below = found - set(PLATFORM[: PLATFORM.index(entry) + 1])
-            assert not below, f"{path} imports {below}, which stand below it"
+        source, (*folders, file) = path.read_text(), path.relative_to(ROOT / "platform/aptp_platform").parts
+        if file == "__init__.py":
+            assert not imported_from("aptp_platform", source), path
+            continue
+        for depth, name in enumerate([*folders, file.removesuffix(".py")]):
+            found = below("/".join(folders[:depth]), name, source)
+            assert not found, f"{path} imports {found}, which stand below it"
+        if folders[:1] == ["serve"]:
+            assert imported_from("aptp_platform", source) <= SERVING_NEEDS, f"{path}: serving needs no training"
 
 
 def test_each_dependency_has_one_home() -> None:
@@ -114,7 +145,7 @@ def test_importing_the_library_brings_no_ray() -> None:
         ("from aptp import PruningConfig, FinetuningConfig", {"torch", "diffusers"}),
         ("from aptp import read_release", {"torch", "diffusers"}),
         ("from aptp import Router, LossTerms, Batch", {"diffusers", "transformers", "ot"}),
-        ("import aptp_platform.serve.ingress", {"torch"}),
+        ("import aptp_platform.serve.http.ingress", {"torch"}),
     ],
 )
 def test_importing_one_thing_does_not_import_everything(statement: str, light: set[str]) -> None:
@@ -158,3 +189,5 @@ def test_these_rules_can_fail() -> None:
     assert forbidden_in_library("def f():\n    import ray.data\n") == {"ray"}
     assert list(imports_of("from aptp.codes import Site")) == ["aptp.codes", "aptp.codes.Site"]
     assert imported_from("aptp", "from aptp.gates import gated") == {"gates"}
+    assert below("serve", "args", "from aptp_platform.serve.cpu.turns import Turns") == {"cpu"}
+    assert below("serve/cpu", "turns", "from aptp_platform.serve.cpu.packing import pack_weights") == {"packing"}

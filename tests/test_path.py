@@ -9,20 +9,20 @@ from pathlib import Path
 
 import httpx
 import pytest
-from captioned import IMAGE_SIZE, write_shards
 from PIL import Image
-from s3_server import S3Server
 from tensorboardX.proto.event_pb2 import Event
-from tiny_pipeline import build_pipeline
 
 from aptp.release import read_release
-from aptp_platform.cluster import free_ports
 from aptp_platform.config import ConfigError, RunConfig, load_config, parse_config, to_tree
-from aptp_platform.evaluation import evaluate
-from aptp_platform.path import STAGES, require_stage, run_stage
+from aptp_platform.experts.evaluate import evaluate
+from aptp_platform.run.cluster import free_ports
+from aptp_platform.run.path import STAGES, require_stage, run_stage
 from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
-from aptp_platform.storage import StorageConfig, Store
+from aptp_platform.storage.store import StorageConfig, Store
+from tests.support.captioned import IMAGE_SIZE, write_shards
+from tests.support.s3_server import S3Server
+from tests.support.tiny_pipeline import build_pipeline
 
 TRAINING = {"steps": 6, "batch_size": 8, "warmup_steps": 2, "checkpoint_every": 6, "learning_rate": 0.02}
 

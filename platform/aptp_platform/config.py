@@ -19,8 +19,8 @@ import pydantic
 import yaml
 
 from aptp.objectives import FinetuningConfig, PruningConfig
-from aptp_platform.storage import StorageConfig as StorageConfig
-from aptp_platform.storage import Store
+from aptp_platform.storage.store import StorageConfig as StorageConfig
+from aptp_platform.storage.store import Store
 
 # Fields of a library's config that another section says: named in the error, left out of the printed tree.
 SAID_ELSEWHERE = {"pruning.budget": "router.budget"}

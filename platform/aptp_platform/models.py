@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from aptp_platform.config import ModelConfig, StorageConfig
-from aptp_platform.storage import Store
+from aptp_platform.storage.store import Store
 
 PACKAGE = "package:"
 

@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import pytest
-import tiny
 import torch
 from scipy.stats import spearmanr
 
@@ -14,6 +13,7 @@ from aptp.analysis import (
 )
 from aptp.codes import ArchitectureCode
 from aptp.sites import read_space
+from tests.support import tiny
 
 SPACE = read_space(tiny.unet())
 

@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import pytest
-import tiny
 import torch
 
 from aptp.baselines import (
@@ -14,6 +13,7 @@ from aptp.baselines import (
 from aptp.cost import cost_table, count_macs
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
+from tests.support import tiny
 
 UNET = tiny.unet()
 SPACE = read_space(UNET)

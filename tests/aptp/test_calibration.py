@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import pytest
-import tiny
 import torch
 
 from aptp.calibration import calibrate_budget
@@ -8,6 +7,7 @@ from aptp.codes import PruningSpace
 from aptp.cost import CostTable, cost_table
 from aptp.router import Router, RouterConfig, UnusedCodeError
 from aptp.sites import read_space
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

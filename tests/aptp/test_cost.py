@@ -4,7 +4,6 @@ import json
 from typing import get_args
 
 import pytest
-import tiny
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +13,7 @@ from aptp.codes import ArchitectureCode
 from aptp.cost import Convention, CostTable, cost_table, count_macs
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
+from tests.support import tiny
 
 
 def measured(model, size, tokens):

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from diffusers import AutoModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -13,6 +12,7 @@ from aptp.cost import cost_table
 from aptp.expert import BaseModel, load_expert, read_expert_info, save_expert
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
+from tests.support import tiny
 
 
 def written(folder, name="unet", seed=0):

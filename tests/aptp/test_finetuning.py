@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import pytest
-import tiny
 import torch
 from diffusers import DDPMScheduler
 
@@ -10,6 +9,7 @@ from aptp.latents import Batch
 from aptp.objectives import FinetuningConfig
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
+from tests.support import tiny
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
 NULL = torch.full((5, 24), 7.0)

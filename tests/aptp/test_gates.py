@@ -1,19 +1,18 @@
 """Laws of the gates: open is the stock model bit for bit, leaving leaves no trace, each sample obeys its own mask."""
 
 import copy
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from aptp.codes import ArchitectureCode
 from aptp.gates import block_features, gated
 from aptp.sites import read_space
+from tests.support import tiny
 
 
 @pytest.fixture(params=tiny.MODELS)
@@ -239,9 +238,10 @@ def test_autocast_keeps_the_type_of_the_model(model):
 
 
 COMPILED = """
-import tiny, torch
+import torch
 from aptp.gates import block_features, gated
 from aptp.sites import read_space
+from tests.support import tiny
 
 unet = tiny.unet(layers_per_block=1, block_out_channels=(32,), attention_head_dim=(2,), mid_block_type=None,
                  down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
@@ -257,9 +257,7 @@ with torch.no_grad(), gated(unet, space) as gates, block_features(unet) as featu
 
 def test_compiled_inside_the_block_the_gates_still_gate_in_one_graph():
     # In its own process: the shape checks of this test run are not part of the library, and dynamo cannot trace them.
-    tests = Path(tiny.__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
-    subprocess.run([sys.executable, "-c", COMPILED], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[2])
 
 
 @torch.no_grad()

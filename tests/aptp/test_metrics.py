@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import pytest
-import tiny
 import torch
 from diffusers import DDPMScheduler
 
@@ -13,6 +12,7 @@ from aptp.metrics import (
     maximum_mean_discrepancy,
     paired_denoising_loss,
 )
+from tests.support import tiny
 
 
 def rows(count: int, dim: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:

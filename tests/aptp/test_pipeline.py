@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny_release import build_release
 
 from aptp.pipeline import AptpPipeline
+from tests.support.tiny_release import build_release
 
 PROMPTS = ["a red heart", "the flag of Italy", "a smiling face", "letters on a sign", "a green apple", "a dog"]
 QUICK = {"num_inference_steps": 3, "guidance_scale": 3.0}

@@ -3,7 +3,6 @@ import copy
 import threading
 
 import pytest
-import tiny
 import torch
 from diffusers import DDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from aptp.objectives import PruningConfig
 from aptp.pruning import PruningStage
 from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
+from tests.support import tiny
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
 STEADY = PruningConfig(budget=0.6, warmup_steps=0)

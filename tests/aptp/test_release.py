@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_pipeline import NUM_TOKENS, build_pipeline
-from tiny_release import build_router
 
 from aptp.cost import cost_table
 from aptp.expert import BaseModel, save_expert
-from aptp.publication import write_release
-from aptp.release import BrokenReleaseError, ReleaseInfo, file_sha256, read_release
+from aptp.release import BrokenReleaseError, ReleaseInfo, file_sha256, read_release, write_release
 from aptp.slicing import slice_unet
+from tests.support.tiny_pipeline import NUM_TOKENS, build_pipeline
+from tests.support.tiny_release import build_router
 
 
 @pytest.fixture(scope="module")

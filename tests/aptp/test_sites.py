@@ -3,12 +3,12 @@
 from itertools import pairwise
 
 import pytest
-import tiny
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
 from aptp.codes import PruningSpace
 from aptp.sites import Granule, any_order, check_space, read_space
+from tests.support import tiny
 
 
 def units(space: PruningSpace, kind: str) -> list[int]:

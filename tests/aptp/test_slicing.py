@@ -3,17 +3,17 @@
 import copy
 
 import pytest
-import tiny
 import torch
 import torch_pruning
 from diffusers import UNet2DConditionModel
-from tiny_pipeline import build_pipeline
 from torch import nn
 
 from aptp.codes import ArchitectureCode
 from aptp.gates import block_features, gated
 from aptp.sites import offer_of, producers_of, read_space
 from aptp.slicing import Skipped, slice_unet
+from tests.support import tiny
+from tests.support.tiny_pipeline import build_pipeline
 
 KINDS = [("unet", kind) for kind in ("groups", "heads", "hidden", "resnet", "transformer", "all")]
 KINDS += [("sdxl", "block"), ("sdxl", "all")] + [("pixart", kind) for kind in ("heads", "hidden", "block", "all")]

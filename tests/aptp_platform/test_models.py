@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 import torch
-from captioned import write_text_encoder
 from diffusers import StableDiffusionPipeline
-from tiny_pipeline import NUM_TOKENS, build_pipeline
 
 from aptp_platform.config import ModelConfig, StorageConfig
 from aptp_platform.models import check_pipeline, fetch_model, load_pipeline_parts, load_vae
-from aptp_platform.storage import Store
+from aptp_platform.storage.store import Store
+from tests.support.captioned import write_text_encoder
+from tests.support.tiny_pipeline import NUM_TOKENS, build_pipeline
 
 LOCAL = StorageConfig()
 

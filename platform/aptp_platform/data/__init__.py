@@ -1,1 +1,1 @@
-"""Captioned images in object storage, as rows: read, decoded, encoded, assigned to codes."""
+"""Captioned images in object storage, as rows: read, decoded, encoded."""

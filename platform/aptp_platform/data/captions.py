@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-from aptp_platform.data.listings import read_coco, read_image_folder, read_table_of_files
-from aptp_platform.data.shards import CaptionedImage, Fault, decode_image, read_shard
-from aptp_platform.data.tables import read_parquet
-from aptp_platform.storage import StorageConfig, Store, StoreError
+from aptp_platform.data.formats.listing import read_coco, read_image_folder, read_table_of_files
+from aptp_platform.data.formats.parquet import read_parquet
+from aptp_platform.data.formats.tar import read_shard
+from aptp_platform.data.sample import CaptionedImage, Fault, decode_image
+from aptp_platform.storage.store import StorageConfig, Store, StoreError
 
 if TYPE_CHECKING:
     from aptp_platform.config import DataConfig  # brings torch, which no reading task needs

@@ -21,7 +21,6 @@ import torch
 
 from aptp.latents import encode_images
 from aptp.prompts import PromptEncoder
-from aptp_platform.capacity import require_room
 from aptp_platform.config import ModelConfig, RunConfig, to_tree
 from aptp_platform.data.captions import (
     READER_CPUS,
@@ -33,8 +32,9 @@ from aptp_platform.data.captions import (
 )
 from aptp_platform.data.encoded import FAULTS, encoded_table, write_rows
 from aptp_platform.models import check_pipeline, fetch_model, load_vae
-from aptp_platform.progress import Progress
-from aptp_platform.storage import StorageConfig, Store
+from aptp_platform.run.progress import Progress
+from aptp_platform.run.resources import require_room
+from aptp_platform.storage.store import StorageConfig, Store
 
 BLOCK_BYTES = 4 << 20  # what travels at once: little, so that every actor soon has work and rows are soon written
 PARTIAL = ".partial"

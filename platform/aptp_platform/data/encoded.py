@@ -22,7 +22,7 @@ from jaxtyping import Float16
 from ray.data.block import BlockAccessor
 from ray.data.extensions import ArrowVariableShapedTensorArray
 
-from aptp_platform.storage import Store
+from aptp_platform.storage.store import Store
 
 READER_CPUS = 0.1
 READERS = 4

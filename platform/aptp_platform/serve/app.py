@@ -10,11 +10,11 @@ from ray import serve
 from ray.serve import Application
 
 from aptp_platform.serve.args import ExpertArgs, ScalingArgs, ServeArgs
-from aptp_platform.serve.expert import Expert
-from aptp_platform.serve.ingress import Ingress
-from aptp_platform.serve.orders import TEACHER, code_name
-from aptp_platform.serve.released import ReleaseSource
-from aptp_platform.serve.router import Router
+from aptp_platform.serve.engine.expert import Expert
+from aptp_platform.serve.http.ingress import Ingress
+from aptp_platform.serve.messages import TEACHER, code_name
+from aptp_platform.serve.release_source import ReleaseSource
+from aptp_platform.serve.routing.router import Router
 
 _MANY = 1024  # requests that a replica of ingress or router may have under way: they wait, they do not compute
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from aptp_platform.storage import StorageConfig
+from aptp_platform.storage.store import StorageConfig
 
 
 class _Section(BaseModel):

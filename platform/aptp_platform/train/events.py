@@ -15,8 +15,8 @@ from jaxtyping import Float, UInt8
 from tensorboardX import SummaryWriter
 
 from aptp.losses import LossTerms
-from aptp_platform.progress import Progress
-from aptp_platform.storage import Store
+from aptp_platform.run.progress import Progress
+from aptp_platform.storage.store import Store
 
 LOG_EVERY = 5  # steps; between them nothing waits for the device
 HEAT_COLUMNS = 256  # at most; a longer run shows every second column, every fourth, ...

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from aptp.latents import Batch
 from aptp.losses import LossTerms
 from aptp_platform.config import TrainingConfig
-from aptp_platform.storage import Store
+from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
 from aptp_platform.train.events import Events, is_told

@@ -12,9 +12,9 @@ import numpy as np
 from aptp_platform.config import ConfigError, DataConfig, EncodeConfig, ModelConfig
 from aptp_platform.data.captions import read_file
 from aptp_platform.data.encode import half_latents
-from aptp_platform.data.shards import CaptionedImage, decode_image
+from aptp_platform.data.sample import CaptionedImage, decode_image
 from aptp_platform.models import load_vae
-from aptp_platform.storage import StorageConfig, Store
+from aptp_platform.storage.store import StorageConfig, Store
 
 
 @dataclass(frozen=True)

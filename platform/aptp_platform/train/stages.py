@@ -24,7 +24,7 @@ from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
 from aptp_platform.config import RunConfig, TrainingConfig, dump_config, to_tree
 from aptp_platform.models import Parts, fetch_model, load_pipeline_parts
-from aptp_platform.storage import Store
+from aptp_platform.storage.store import Store
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
 from aptp_platform.train.samples import draw

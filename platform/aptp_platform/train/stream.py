@@ -28,7 +28,7 @@ from torch import Tensor
 
 from aptp_platform.config import ConfigError
 from aptp_platform.data.encoded import choose_caption, latent_shape, read_part
-from aptp_platform.storage import Store
+from aptp_platform.storage.store import Store
 from aptp_platform.train.source import LatentEncoder, Source
 
 READERS = 2  # tasks of a worker that read ahead

@@ -21,13 +21,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from aptp.cost import cost_table
 from aptp.sites import read_space
-from aptp_platform.capacity import require_room
 from aptp_platform.config import ConfigError, EncodeConfig, RunConfig, TrainingConfig
-from aptp_platform.data.assign import assigned_router
 from aptp_platform.data.captions import source_files
 from aptp_platform.models import check_pipeline
-from aptp_platform.progress import Progress
-from aptp_platform.storage import Store
+from aptp_platform.run.layout import assigned_router
+from aptp_platform.run.progress import Progress
+from aptp_platform.run.resources import require_room
+from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import differences
 from aptp_platform.train.engine import check_engine
 from aptp_platform.train.loop import SCORE, Stage, Summary, train

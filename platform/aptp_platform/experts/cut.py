@@ -1,0 +1,77 @@
+"""From codes to experts: each code is cut out of the full UNet by a task of its own, and each baseline beside them."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+import torch
+
+from aptp.baselines import block_removal_code, magnitude_code, random_code, uniform_code
+from aptp.codes import ArchitectureCode, PruningSpace
+from aptp.cost import cost_table
+from aptp.expert import BaseModel, save_expert
+from aptp.slicing import slice_unet
+from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.models import load_pipeline_parts
+from aptp_platform.run.layout import assigned_router
+from aptp_platform.run.progress import Progress
+from aptp_platform.storage.store import Store
+from aptp_platform.train.stream import latent_size
+
+BASELINES: Final = ("uniform", "magnitude", "random", "block-removal")
+
+
+def cut(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
+    """Publish `cut/00/`, `cut/01/`, ... and `cut/<baseline>/`; returns each one's share of the full model's MACs.
+
+    Args:
+        encoded: the folder of encoded training rows, unless it is this run's own.
+
+    Raises:
+        ConfigError: a baseline is unknown.
+    """
+    root = Store.open(config.root, config.storage)
+    encoded = encoded or root.join("encoded", "train")
+    if unknown := [name for name in config.cut.baselines if name not in BASELINES]:
+        raise ConfigError(f"cut.baselines: {unknown[0]!r}: must be one of {', '.join(BASELINES)}")
+    router = assigned_router(root)
+    codes = router.architecture_codes()
+    wanted = {f"{index:02d}": code for index, code in enumerate(codes)} | dict.fromkeys(config.cut.baselines)
+    size = latent_size(encoded)
+    pending = {_cut_one.remote(config, name, code, router.space, size): name for name, code in wanted.items()}
+    ratios: dict[str, float] = {}
+    with Progress("cut", len(wanted)) as progress:
+        while pending:
+            (ready,), _ = ray.wait(list(pending))
+            name = pending.pop(ready)
+            ratios[name] = ray.get(ready)
+            progress.update(len(ratios), network=name, ratio=ratios[name])
+    return {"networks": len(ratios), "MACs ratios": {name: round(ratios[name], 4) for name in wanted}}
+
+
+# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into what the trial itself holds, next to nothing.
+@ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
+def _cut_one(
+    config: RunConfig, name: str, code: ArchitectureCode | None, space: PruningSpace, size: tuple[int, int]
+) -> float:
+    """Cut one network and publish it; without a code it is the baseline of that name."""
+    parts = load_pipeline_parts(config.model, config.storage)
+    root = Store.open(config.root, config.storage)
+    table = cost_table(parts.unet, space, latent_size=size, num_text_tokens=parts.tokenizer.model_max_length)
+    if code is None:
+        code = _baseline(config, name, parts.unet, table)
+    with tempfile.TemporaryDirectory() as scratch:
+        small = slice_unet(parts.unet, code)
+        base = BaseModel.of(parts.unet, config.model.pipeline)
+        save_expert(Path(scratch) / name, small, code, base=base, cost=table)
+        root.join("cut").publish(Path(scratch) / name, name, last=("code.json",))
+    return float(table.ratio(code.mask[None])[0])
+
+
+def _baseline(config: RunConfig, name: str, unet: Any, table: Any) -> ArchitectureCode:
+    space, budget = table.space, config.router.budget
+    if name == "random":
+        return random_code(space, table, budget, generator=torch.Generator().manual_seed(config.seed))
+    choose = {"uniform": uniform_code, "magnitude": magnitude_code, "block-removal": block_removal_code}[name]
+    return choose(unet, space, table, budget)

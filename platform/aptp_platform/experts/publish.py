@@ -1,0 +1,88 @@
+"""The last stage of training: experts, router, pipeline and report become one immutable release."""
+
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+
+import aptp
+import aptp_platform
+from aptp.expert import read_expert_info
+from aptp.prompts import PromptEncoder
+from aptp.release import ReleaseInfo, write_release
+from aptp_platform.config import RunConfig, to_tree
+from aptp_platform.models import fetch_model, load_pipeline_parts
+from aptp_platform.run.layout import assigned_router
+from aptp_platform.run.path import fingerprint, require_stage
+from aptp_platform.storage.store import Store
+
+
+def publish(config: RunConfig) -> dict[str, Any]:
+    """Publish `release/`, the teacher's UNet included so that a server can show both; release.json appears last."""
+    root = Store.open(config.root, config.storage)
+    assigned = require_stage("assign", config)
+    with tempfile.TemporaryDirectory() as scratch:
+        router = assigned_router(root)
+        router.encoder = PromptEncoder.load(fetch_model(config.model.prompt_encoder, config.storage))
+        experts = [root.fetch(f"finetuned/{code:02d}", scratch) for code in range(router.num_codes)]
+        _write_pipeline(config, Path(scratch) / "pipeline")
+        release = write_release(
+            Path(scratch) / "release",
+            pipeline=Path(scratch) / "pipeline",
+            router=router,
+            experts=experts,
+            shares=assigned["shares"],
+            info=_info(config, experts[0], assigned["familiar"]),
+            report=root.fetch("evaluated", scratch),
+            with_teacher=True,
+        )
+        root.publish(release.path, "release")
+    return {"release": root.join("release").uri, "codes": release.num_codes, "MACs ratio": round(release.ratio, 3)}
+
+
+def _write_pipeline(config: RunConfig, folder: Path) -> None:
+    """The whole model as one stock diffusers folder, whatever parts of it came from elsewhere."""
+    parts = load_pipeline_parts(config.model, config.storage)
+    StableDiffusionPipeline(
+        unet=parts.unet, vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
+        scheduler=parts.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def _info(config: RunConfig, expert: Path, familiar: float) -> ReleaseInfo:
+    known = read_expert_info(expert)
+    return ReleaseInfo(
+        base=known.base.name,
+        base_hash=known.base.sha256,
+        budget=config.router.budget,
+        latent_size=known.cost.latent_size,
+        num_text_tokens=known.cost.num_text_tokens,
+        training={
+            "config": to_tree(config),
+            "commit": _commit(),
+            "code": _code_hash(),
+            "inputs": fingerprint("encode", config),
+            "familiar": familiar,
+        },
+    )
+
+
+def _code_hash() -> str:
+    """One sha256 over the sources of both packages: it names the code also where there is no checkout."""
+    digest = hashlib.sha256()
+    for package in (aptp, aptp_platform):
+        folder = Path(package.__path__[0])
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _commit() -> str:
+    """The commit of this checkout; "unknown" in an uploaded copy of it."""
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"

@@ -1,0 +1,49 @@
+"""What every job script does: read the config, join the cluster, run one stage, end with one line."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from aptp_platform.config import RunConfig, load_config
+from aptp_platform.run.path import reach_places, run_stage
+
+
+def run_job(stage: str, description: str | None, argv: Sequence[str] | None = None) -> None:
+    """Run one stage of the path on the cluster that `ray job submit` started this script on."""
+    run_function(lambda config: run_stage(stage, config), description, argv)
+
+
+def run_function(
+    function: Callable[[RunConfig], Any], description: str | None, argv: Sequence[str] | None = None
+) -> None:
+    """Parse `--config` and `--set`, call `function` with the config, and map bad input to one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, such as jobs/configs/demo.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one value")
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config, args.set)
+        reach_places(config)
+        # Outside a submitted job there is no address: a cluster of this process's own, never a stranger's.
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, logging_level=logging.WARNING)
+        function(config)
+    except (ValueError, ray.exceptions.OutOfDiskError) as error:
+        print(f"error: {cause_of(error)}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def cause_of(error: BaseException) -> str:
+    """The first message behind Ray's wrapping, as one line."""
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    if isinstance(error, ray.exceptions.OutOfDiskError):
+        return (
+            "ray: the object store of a node is full, and so is the disk that it spills to: make room there, start Ray "
+            "with --object-spilling-directory on a larger disk, or lower encode.batch_size and encode.readers"
+        )
+    return " ".join(str(error).split())

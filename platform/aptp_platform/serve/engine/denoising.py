@@ -1,0 +1,199 @@
+"""Single denoising steps for samples that each have their own timestep, scheduler, guidance, size and seed."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from aptp.latents import encode_texts
+from aptp_platform.serve.cpu.packing import pack_weights
+
+_CACHED_TEXTS: Final = 128  # text states kept; the empty negative prompt is nearly always among them
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """One image that is wanted. size: (width, height) in pixels. num_previews: unfinished pictures on the way."""
+
+    prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    size: tuple[int, int]
+    negative_prompt: str = ""
+    num_previews: int = 0
+
+
+class Sample:
+    """A spec on its way: the state that a denoising step reads and advances."""
+
+    def __init__(
+        self,
+        spec: SampleSpec,
+        scheduler: Any,
+        generator: torch.Generator,
+        latents: Float[Tensor, "1 channel height width"],
+        text: Float[Tensor, "1 token dim"],
+        negative: Float[Tensor, "1 token dim"] | None,
+    ) -> None:
+        self.spec, self.latents, self.text, self.negative = spec, latents, text, negative
+        self._scheduler, self._generator = scheduler, generator
+        self._timesteps: Sequence[Tensor] = list(scheduler.timesteps)
+        self._estimate = latents
+        self.steps_done = self._previews_done = 0
+
+    @property
+    def steps_left(self) -> int:
+        return len(self._timesteps) - self.steps_done
+
+    @property
+    def timestep(self) -> Tensor:
+        return self._timesteps[self.steps_done]
+
+    @property
+    def scaled(self) -> Float[Tensor, "1 channel height width"]:
+        """The latents as this scheduler wants the UNet to see them."""
+        return self._scheduler.scale_model_input(self.latents, self.timestep)
+
+    @property
+    def estimate(self) -> Float[Tensor, "1 channel height width"]:
+        """The finished latents as they can be told by now."""
+        return self._estimate if self.steps_left else self.latents
+
+    def advance(self, prediction: Float[Tensor, "1 channel height width"]) -> None:
+        """One step of the stock scheduler from the UNet's prediction, guidance included."""
+        options = {"generator": self._generator} if _draws_noise(self._scheduler) else {}
+        result = self._scheduler.step(prediction, self.timestep, self.latents, **options)
+        self.latents = result.prev_sample
+        estimate = getattr(result, "pred_original_sample", None)
+        self._estimate = self.latents if estimate is None else estimate
+        self.steps_done += 1
+
+    def take_preview(self) -> int | None:
+        """The number of the preview that is due after the last step, or None; previews are spread evenly."""
+        wanted, total = self.spec.num_previews, len(self._timesteps)
+        due = min(wanted, self.steps_done * (wanted + 1) // total)
+        if not self.steps_left or due <= self._previews_done:
+            return None
+        self._previews_done = due
+        return due - 1
+
+
+class Denoiser:
+    """A UNet with the frozen parts around it; every method runs on the calling thread and blocks it. All but
+    `count_tokens` want to be called on one thread.
+
+    The UNet may be the teacher or an expert: whatever has a stock `UNet2DConditionModel`'s call.
+    """
+
+    def __init__(self, unet: Any, vae: Any, tokenizer: Any, text_encoder: Any, scheduler: Any) -> None:
+        self._unet, self._vae, self._scheduler = unet, vae, scheduler
+        self._tokenizer, self._text_encoder = tokenizer, text_encoder
+        self._counter = copy.deepcopy(tokenizer)  # a call changes a tokenizer, and `count_tokens` comes on any thread
+        # Asked for one of these, a diffusers model looks through all its modules.
+        self._dtype, self._device, self._vae_dtype = unet.dtype, unet.device, vae.dtype
+        self._texts: OrderedDict[str, Float[Tensor, "1 token dim"]] = OrderedDict()
+        self.pixels_per_latent = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def admit(self, specs: Sequence[SampleSpec]) -> list[Sample | Exception]:
+        """Samples at their first step: initial noise from each seed, text states of each prompt.
+
+        The noise is the stock pipeline's for `torch.Generator().manual_seed(seed)`. What the scheduler or torch has
+        against one spec comes back in its place, and concerns no other.
+        """
+        guided = [spec for spec in specs if spec.guidance_scale > 1]
+        texts = self._encode([spec.prompt for spec in specs] + [spec.negative_prompt for spec in guided])
+        samples: list[Sample | Exception] = []
+        for spec in specs:
+            try:
+                samples.append(self._start(spec, texts))
+            except Exception as error:
+                samples.append(error)
+        return samples
+
+    def _start(self, spec: SampleSpec, texts: Mapping[str, Float[Tensor, "1 token dim"]]) -> Sample:
+        generator = torch.Generator().manual_seed(spec.seed)
+        width, height = (side // self.pixels_per_latent for side in spec.size)
+        noise = torch.randn(1, self._unet.config.in_channels, height, width, generator=generator)
+        scheduler = copy.deepcopy(self._scheduler)
+        scheduler.set_timesteps(spec.num_inference_steps, device=self._device)
+        latents = noise.to(self._device) * scheduler.init_noise_sigma
+        negative = texts[spec.negative_prompt] if spec.guidance_scale > 1 else None
+        return Sample(spec, scheduler, generator, latents, texts[spec.prompt], negative)
+
+    @torch.inference_mode()
+    def step(self, samples: Sequence[Sample]) -> None:
+        """One denoising step of each sample; those of one size share a pass through the UNet."""
+        for group in _by_size(samples):
+            guided = [index for index, sample in enumerate(group) if sample.negative is not None]
+            texts = [sample.text for sample in group] + [each.negative for each in group if each.negative is not None]
+            rows = [*range(len(group)), *guided]
+            scaled = torch.cat([sample.scaled for sample in group])
+            timesteps = torch.stack([sample.timestep for sample in group])
+            states = torch.cat(texts).to(self._dtype)
+            output = self._unet(scaled[rows].to(self._dtype), timesteps[rows], states).sample.float()
+            predictions = output[: len(group)]
+            scales = torch.tensor([group[index].spec.guidance_scale for index in guided], device=output.device)
+            free = output[len(group) :]
+            predictions[guided] = free + scales.view(-1, 1, 1, 1) * (predictions[guided] - free)
+            for index, sample in enumerate(group):
+                sample.advance(predictions[index : index + 1])
+
+    @torch.inference_mode()
+    def decode(self, samples: Sequence[Sample]) -> list[UInt8[Tensor, "height width 3"]]:
+        """The samples' images as far as they are, in the given order."""
+        images: dict[int, UInt8[Tensor, "height width 3"]] = {}
+        config = self._vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        for group in _by_size(samples):
+            latents = torch.cat([sample.estimate for sample in group]) / config.scaling_factor + shift
+            decoded = self._vae.decode(latents.to(self._vae_dtype)).sample.float()
+            pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8)
+            images.update((id(sample), image) for sample, image in zip(group, pixels, strict=True))
+        return [images[id(sample)] for sample in samples]
+
+    def pack_weights(self, trial: Callable[[], Any]) -> None:
+        """Makes every step cheaper on a CPU; trial: denoises and decodes once as will mostly be done."""
+        pack_weights((self._unet, self._vae.decoder, self._text_encoder), trial)
+
+    def synchronize(self) -> None:
+        """Returns when the device has done all that it was given."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def count_tokens(self, prompt: str) -> int:
+        """How many tokens of the prompt the text encoder reads."""
+        limit = self._counter.model_max_length
+        return len(self._counter(prompt, truncation=True, max_length=limit)["input_ids"])
+
+    def _encode(self, texts: Iterable[str]) -> dict[str, Float[Tensor, "1 token dim"]]:
+        wanted = list(dict.fromkeys(texts))
+        found = {text: self._texts[text] for text in wanted if text in self._texts}
+        missing = [text for text in wanted if text not in found]
+        if missing:
+            states = encode_texts(self._tokenizer, self._text_encoder, missing)
+            found.update((text, states[index : index + 1]) for index, text in enumerate(missing))
+        for text in wanted:
+            self._texts[text] = found[text]
+            self._texts.move_to_end(text)
+        while len(self._texts) > _CACHED_TEXTS:
+            self._texts.popitem(last=False)
+        return found
+
+
+def _by_size(samples: Sequence[Sample]) -> list[list[Sample]]:
+    ordered = sorted(samples, key=lambda sample: sample.spec.size)
+    return [list(group) for _, group in groupby(ordered, key=lambda sample: sample.spec.size)]
+
+
+def _draws_noise(scheduler: Any) -> bool:
+    return "generator" in scheduler.step.__code__.co_varnames[: scheduler.step.__code__.co_argcount]

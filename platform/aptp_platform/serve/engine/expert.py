@@ -1,0 +1,168 @@
+"""The deployment of one model: a cut UNet, or the teacher, behind its own step engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from aptp.expert import load_expert
+from aptp.release import Release
+from aptp_platform.serve.args import ExpertArgs
+from aptp_platform.serve.cpu.turns import Turns
+from aptp_platform.serve.engine.batch_size import saturating_batch
+from aptp_platform.serve.engine.batching import EngineFullError, Rendered, StepEngine, Ticket, TooLateError
+from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
+from aptp_platform.serve.engine.images import encode_image
+from aptp_platform.serve.engine.metrics import ExpertMetrics
+from aptp_platform.serve.messages import RELEASE_CHANGING, TEACHER, Accepted, Catalog, Order, Picture, Refusal
+from aptp_platform.serve.release_source import ReleaseSource
+
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOG = logging.getLogger("ray.serve")
+
+
+class Expert:
+    """Images of one model. A replica that is asked again for an order makes the same image again."""
+
+    def __init__(self, source: ReleaseSource, catalog: Catalog, model: str, args: ExpertArgs) -> None:
+        torch.set_num_threads(args.num_threads or max(1, int(args.num_cpus)))
+        self._catalog, self._model = catalog, model
+        index = None if model == TEACHER else [code.name for code in catalog.codes].index(model)
+        self._denoiser = load_denoiser(source.for_model(model), index, device=args.device, dtype=_DTYPES[args.dtype])
+        self._denoiser.pack_weights(self._warm_up)
+        self._warm_up()
+        self._batch_limit = self._measured(args) if args.max_batch_size == "auto" else args.max_batch_size
+        metrics = ExpertMetrics(model, self._batch_limit)
+        self._engine = StepEngine(
+            self._denoiser,
+            max_batch_size=self._batch_limit,
+            # Serve gives this many to a replica, whatever batch it settled on.
+            max_waiting=args.batch_bound + args.max_waiting - self._batch_limit,
+            whole_requests=args.batching == "requests",
+            turns=None if args.turns is None else Turns(_device_name(args.device), args.turns),
+            step_cost=1.0 if index is None else catalog.codes[index].ratio,
+            observe=metrics.observe,
+        )
+
+    async def generate(self, order: Order, seed: int, release: str) -> Picture:
+        """The order's image for one of its seeds, by the release that the order's choice was made for.
+
+        Raises:
+            Refusal: 429 when too many wait already, 503 when this replica is of another release, 504 when the order
+                expired while it waited.
+        """
+        with self._submit(order, seed, release, num_previews=0) as ticket, _in_words():
+            images = [image async for image in ticket.images()]
+        return await asyncio.to_thread(self._picture, order, seed, images[-1])
+
+    async def stream(self, order: Order, seed: int, release: str) -> AsyncIterator[Accepted | Picture]:
+        """`Accepted` at once, then the previews that the order wants, then the image."""
+        with self._submit(order, seed, release, num_previews=order.num_previews) as ticket, _in_words():
+            yield Accepted()
+            async for image in ticket.images():
+                yield await asyncio.to_thread(self._picture, order, seed, image)
+
+    async def wake(self, release: str) -> None:
+        """Nothing, if this replica is of the release. A call that waits is what makes Serve start a replica where there
+        is none."""
+        self._check_release(release)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica whose engine has ended."""
+        self._engine.check()
+
+    def _warm_up(self) -> None:
+        """The first step of a process is slow; no request should be the one to find out."""
+        spec = SampleSpec("", seed=0, num_inference_steps=1, guidance_scale=2.0, size=self._catalog.size)
+        samples = [sample for sample in self._denoiser.admit([spec]) if isinstance(sample, Sample)]
+        self._denoiser.step(samples)
+        self._denoiser.decode(samples)
+
+    def _measured(self, args: ExpertArgs) -> int:
+        limit = saturating_batch(self._denoiser, self._catalog.size, largest=args.largest_batch, seconds=args.measure_s)
+        _LOG.info("%s denoises up to %d samples together", self._model, limit)
+        return limit
+
+    def _check_release(self, release: str) -> None:
+        if release != self._catalog.release:
+            message = "Another release is being rolled out; try again."
+            raise Refusal(503, message, code=RELEASE_CHANGING, retry_after_s=5.0)
+
+    def _submit(self, order: Order, seed: int, release: str, num_previews: int) -> Ticket:
+        self._check_release(release)
+        expires_in_s = math.inf if order.expires is None else order.expires - time.time()
+        spec = SampleSpec(
+            prompt=order.prompt,
+            seed=seed,
+            num_inference_steps=order.num_inference_steps,
+            guidance_scale=order.guidance_scale,
+            size=order.size,
+            negative_prompt=order.negative_prompt,
+            num_previews=num_previews,
+        )
+        try:
+            return self._engine.submit(spec, expires_in_s)
+        except EngineFullError as full:
+            message = f"{self._model} has no room; try again later."
+            raise Refusal(
+                429, message, code="rate_limit_exceeded", retry_after_s=max(full.retry_after_s, 1.0)
+            ) from None
+
+    def _picture(self, order: Order, seed: int, image: Rendered) -> Picture:
+        facts = {
+            "seed": str(seed),
+            "code": self._model,
+            "release": self._catalog.release,
+            "num_inference_steps": str(order.num_inference_steps),
+            "guidance_scale": f"{order.guidance_scale:g}",
+        }
+        return Picture(
+            data=encode_image(image.pixels, order.output_format, compression=order.compression, facts=facts),
+            seed=seed,
+            num_text_tokens=self._denoiser.count_tokens(order.prompt),
+            queue_ms=image.queue_ms,
+            denoise_ms=image.denoise_ms,
+            batch_limit=self._batch_limit,
+            preview=image.preview,
+        )
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except TooLateError:
+        message = "The request waited in the queue until its 'deadline_ms' was over; it was not begun."
+        raise Refusal(504, message, code="deadline_exceeded", param="deadline_ms", retry=False) from None
+
+
+def load_denoiser(release: Release, index: int | None, *, device: str, dtype: torch.dtype) -> Denoiser:
+    """A code's expert, or for None the teacher, among the frozen parts of the release's pipeline."""
+    unet: Any
+    if index is None:
+        unet = UNet2DConditionModel.from_pretrained(release.teacher_path, use_safetensors=True, low_cpu_mem_usage=False)
+    else:
+        unet = load_expert(release.expert_path(index))
+    parts = StableDiffusionPipeline.from_pretrained(
+        release.pipeline_path,
+        unet=unet.to(dtype).eval().requires_grad_(False),
+        safety_checker=None,
+        requires_safety_checker=False,
+        use_safetensors=True,
+        torch_dtype=dtype,
+        low_cpu_mem_usage=False,  # True needs `accelerate`, and warns at length without it
+    ).to(device)
+    return Denoiser(parts.unet, parts.vae, parts.tokenizer, parts.text_encoder, parts.scheduler)
+
+
+def _device_name(device: str) -> str:
+    """The same in every process that computes on this device."""
+    return device if device == "cpu" else str(torch.cuda.get_device_properties(device).uuid)

@@ -1,0 +1,271 @@
+"""The deployment that speaks HTTP: bodies become orders, pictures become answers, refusals become errors."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import math
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from aptp_platform.serve.args import ServeArgs
+from aptp_platform.serve.http.keys import ApiKey, Doorkeeper
+from aptp_platform.serve.http.metrics import IngressMetrics
+from aptp_platform.serve.http.openai import (
+    ImageRequest,
+    RouteRequest,
+    choice_json,
+    error_body,
+    images_response,
+    models_response,
+    parse_request,
+    to_order,
+)
+from aptp_platform.serve.http.streams import in_time, open_stream
+from aptp_platform.serve.messages import Catalog, Choice, CodeMap, ModelLoad, Order, Picture, Refusal
+from aptp_platform.serve.replicas import ReplicaCounts
+from aptp_platform.serve.retries import call, call_stream
+
+_PAGE: Final = Path(__file__).parent / "static" / "index.html"
+_PAGE_POLICY: Final = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"  # the page needs no other host
+_READY_TIMEOUT_S: Final = 5.0
+
+
+class Gateway(Protocol):
+    """What the HTTP side needs of the rest: the router, however it is reached."""
+
+    async def route(self, order: Order) -> Choice: ...
+
+    async def generate(self, order: Order) -> tuple[Choice, list[Picture]]: ...
+
+    def stream(self, order: Order) -> AsyncIterator[Choice | Picture]: ...
+
+    async def loads(self) -> dict[str, ModelLoad]: ...
+
+    async def code_map(self) -> CodeMap: ...
+
+
+class RouterGateway:
+    """The router's deployment. An order is given to another replica when its own died, or reaches no expert of its
+    release while another one is rolled out."""
+
+    def __init__(self, handle: DeploymentHandle[Any], args: ServeArgs) -> None:
+        self._handle = handle
+        self._again: dict[str, Any] = {"attempts": args.router.attempts, "patience_s": args.drain_s}
+
+    async def route(self, order: Order) -> Choice:
+        return await call(lambda: self._handle.route.remote(order), **self._again)
+
+    async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
+        return await call(lambda: self._handle.generate.remote(order), **self._again)
+
+    def stream(self, order: Order) -> AsyncIterator[Choice | Picture]:
+        streaming = self._handle.options(stream=True)
+        return call_stream(lambda: streaming.stream.remote(order), **self._again)
+
+    async def loads(self) -> dict[str, ModelLoad]:
+        return await call(lambda: self._handle.loads.remote(), **self._again)
+
+    async def code_map(self) -> CodeMap:
+        return await call(lambda: self._handle.code_map.remote(), **self._again)
+
+
+@serve.ingress()
+class Ingress:
+    """One HTTP replica."""
+
+    def __init__(self, router: DeploymentHandle[Any], catalog: Catalog, args: ServeArgs) -> None:
+        context = serve.get_replica_context()
+        peers = ReplicaCounts({"ingress": context.deployment}, args.router.status_s)
+
+        def share() -> float:
+            peers.follow()
+            return 1 / max(1, peers.counts.get("ingress", 1))
+
+        door = Doorkeeper(args.keys, catalog, os.environ, listens_on_loopback=_listens_on_loopback(), share=share)
+        self._app = create_app(RouterGateway(router, args), catalog, args, door)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+
+def _listens_on_loopback() -> bool:
+    """Whether Serve's proxies take connections of their own machine only. Serve tells it to no public function."""
+    client = _get_global_client()
+    assert client is not None  # a replica runs, so the controller does
+    host = client.http_config.host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:  # a name that may be anything, or no host at all
+        return False
+
+
+def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorkeeper) -> FastAPI:
+    """The HTTP side of a server. `x-request-id` is set by Ray Serve's proxy, on every response."""
+    app = FastAPI(title="APTP", docs_url=None, redoc_url=None)
+    started = int(time.time())
+    metrics = IngressMetrics()
+
+    async def admitted(request: Request) -> None:
+        """Before the body is read: who has no key is not listened to."""
+        request.state.key = door.admit(request.headers.get("authorization"))
+
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(admitted)])
+
+    async def order_of(request: Request, model: type[RouteRequest]) -> tuple[Any, Order]:
+        wanted = parse_request(model, await _read_body(request, args))
+        key: ApiKey | None = request.state.key
+        request_id = request.headers.get("x-request-id", "")
+        return wanted, to_order(wanted, args.images, catalog, request_id, key.name if key else "")
+
+    @v1.post("/images/generations")
+    async def generate(request: Request) -> Response:
+        begun = time.monotonic()
+        wanted, order = await order_of(request, ImageRequest)
+        with door.charged(request.state.key, order) as bill:
+            if wanted.stream:
+                choice, events = await open_stream(gateway.stream(order), order, args.ingress)
+                answer: Response = StreamingResponse(events, media_type="text/event-stream")
+                answer.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
+                answer.headers.update(_headers(choice, begun))
+            else:
+                async with in_time(args.ingress.request_timeout_s):
+                    choice, pictures = await gateway.generate(order)
+                answer = JSONResponse(images_response(order, choice, pictures, wanted))
+                answer.headers.update(_headers(choice, begun, pictures))
+            bill.correct(catalog.macs_of(order, choice.macs))
+        answer.headers.update(door.headers(request.state.key))
+        return answer
+
+    @v1.post("/route")
+    async def route(request: Request) -> Response:
+        begun = time.monotonic()
+        _, order = await order_of(request, RouteRequest)
+        choice = await gateway.route(order)
+        return JSONResponse(choice_json(choice), headers=_headers(choice, begun))
+
+    @v1.get("/map")
+    async def code_map() -> Response:
+        return JSONResponse(asdict(await gateway.code_map()))
+
+    @v1.get("/models")
+    async def models() -> Response:
+        return JSONResponse(models_response(catalog, started))
+
+    @v1.get("/models/{name}")
+    async def model(name: str) -> Response:
+        for entry in models_response(catalog, started)["data"]:
+            if entry["id"] == name:
+                return JSONResponse(entry)
+        raise Refusal(404, f"The model {name[:64]!r} does not exist.", code="model_not_found", param="model")
+
+    app.include_router(v1)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        try:
+            loads = await asyncio.wait_for(gateway.loads(), _READY_TIMEOUT_S)
+        except TimeoutError:
+            raise Refusal(503, "The router does not answer.", code="overloaded", retry_after_s=1.0) from None
+        return JSONResponse(
+            {
+                "status": "ready",
+                "release": catalog.release,
+                "size": f"{catalog.size[0]}x{catalog.size[1]}",
+                "models": {name: asdict(load) for name, load in loads.items()},
+            }
+        )
+
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, refusal: Refusal) -> Response:
+        metrics.refused(refusal.code or str(refusal.status))
+        answer = _error(refusal)
+        answer.headers.update(door.headers(getattr(request.state, "key", None)))
+        return answer
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        code = "unknown_url" if error.status_code == 404 else None
+        message = f"{error.detail}: {request.method} {request.url.path[:128]}"
+        return JSONResponse(error_body(error.status_code, message, code), error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        metrics.refused("server_error")
+        return _error(Refusal(500, "The server failed at this request; its log says why.", code="server_error"))
+
+    return app
+
+
+async def _read_body(request: Request, args: ServeArgs) -> bytes:
+    """The body, if it is JSON of a bearable size and arrives in time."""
+    limit = args.ingress.max_body_bytes
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(
+            415, f"The body's content type is {kind[:64]!r}; send application/json.", code="unsupported_media_type"
+        )
+    too_large = Refusal(413, f"The body is larger than {limit} bytes.", code="request_too_large")
+    length = request.headers.get("content-length", "0")
+    if not length.isdigit() or int(length[:20]) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(args.ingress.body_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        message = f"The body did not arrive within {args.ingress.body_timeout_s:g} s."
+        raise Refusal(408, message, code="request_timeout", retry=False) from None
+    return bytes(body)
+
+
+def _headers(choice: Choice, begun: float, pictures: list[Picture] | None = None) -> dict[str, str]:
+    """How the order was served, on every answer."""
+    total_ms = 1e3 * (time.monotonic() - begun)
+    headers = {
+        "x-aptp-code": choice.model,
+        "x-aptp-routed-code": choice.routed,
+        "x-aptp-reason": choice.reason,
+        "x-aptp-macs-ratio": f"{choice.ratio:.4f}",
+        "x-aptp-margin": f"{choice.margin:.4f}",
+        "x-aptp-ms": f"{total_ms:.1f}",
+        "openai-processing-ms": f"{total_ms:.0f}",
+    }
+    if pictures:
+        queue, denoise = (max(getattr(each, name) for each in pictures) for name in ("queue_ms", "denoise_ms"))
+        headers["server-timing"] = f"queue;dur={queue:.1f}, denoise;dur={denoise:.1f}, total;dur={total_ms:.1f}"
+    return headers
+
+
+def _error(refusal: Refusal) -> Response:
+    headers = {}
+    if refusal.retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(refusal.retry_after_s))
+    if refusal.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if refusal.retry is not None:
+        headers["x-should-retry"] = str(refusal.retry).lower()
+    body = error_body(refusal.status, refusal.message, refusal.code, refusal.param)
+    return JSONResponse(body, refusal.status, headers)

@@ -1,0 +1,244 @@
+"""Who may ask, and for how much: API keys, known by their hashes alone, each with a limit in multiply-adds.
+
+The secret is JSON in a file or in the environment of the ingress's node, never in a config:
+
+    [{"name": "web", "sha256": "9f86d0...", "macs_per_second": 2e12, "burst_macs": 1e14}]
+
+`jobs/make_api_key.py` makes a key and its entry. Keys are long and random, so a plain SHA-256 cannot be searched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from aptp_platform.serve.args import KeyArgs
+from aptp_platform.serve.messages import Catalog, Order, Refusal
+
+VARIABLE: Final = "APTP_API_KEYS"
+_RELOAD_S: Final = 5.0  # a secret that was changed counts after this long
+_BURST_S: Final = 60.0  # an unset burst is the limit's amount for this long
+_LOG = logging.getLogger("ray.serve")
+
+
+class ApiKey(BaseModel):
+    """One entry of the secret. macs_per_second: unset: no limit. burst_macs: what may be asked at once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    name: str = Field(pattern=r"^[\w.@-]{1,64}$")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    macs_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    burst_macs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @property
+    def burst(self) -> float:
+        return self.burst_macs or _BURST_S * (self.macs_per_second or 0)
+
+
+def make_key(name: str, macs_per_second: float | None = None) -> tuple[str, ApiKey]:
+    """A new key, which nobody else will ever see, and its entry."""
+    token = f"aptp-{secrets.token_urlsafe(32)}"
+    return token, ApiKey(name=name, sha256=_digest(token), macs_per_second=macs_per_second)
+
+
+def read_keys(text: str, place: str) -> dict[str, ApiKey]:
+    """Entries by hash.
+
+    Raises:
+        ValueError: it names the place, the entry and the field, and never what stands there.
+    """
+    try:
+        keys = TypeAdapter(list[ApiKey]).validate_python(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: line {error.lineno} is not JSON: write a list of objects") from None
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(
+            f"{place}: {where}: {first['msg']}: write what jobs/make_api_key.py prints, counted from 0"
+        ) from None
+    if len({key.name for key in keys}) < len(keys):
+        raise ValueError(f"{place}: two keys have one name: name them apart")
+    return {key.sha256: key for key in keys}
+
+
+class MacsBucket:
+    """A token bucket over multiply-adds, by the clock that is given.
+
+    An order is let in while anything is left and charged whole, so one that is larger than the burst is not refused for
+    ever: who asked for it waits longer afterwards.
+    """
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._level, self._filled = burst, clock()
+
+    def level(self, share: float = 1.0) -> float:
+        """Multiply-adds that are left now; below zero after a large order. share: of the limit that counts here."""
+        now = self._clock()
+        self._level = min(self._level + share * self._rate * (now - self._filled), share * self._burst)
+        self._filled = now
+        return self._level
+
+    def take(self, macs: float, share: float = 1.0) -> float:
+        """0, and the amount is charged; or the seconds until it would be."""
+        level = self.level(share)
+        if level <= 0:
+            return max(-level / (share * self._rate), 0.001)
+        self._level -= macs
+        return 0.0
+
+    def give_back(self, macs: float) -> None:
+        self._level += macs
+
+
+@dataclass
+class Bill:
+    """What an order was charged: the most that it can cost, until the choice of its model is known."""
+
+    macs: float
+    bucket: MacsBucket | None
+
+    def correct(self, macs: float) -> None:
+        if self.bucket is not None:
+            self.bucket.give_back(self.macs - macs)
+        self.macs = macs
+
+
+class Doorkeeper:
+    """Tells whose key a request carries, and charges it.
+
+    Every replica of the ingress has one; `share` is the part of each limit that is this replica's, so that all of them
+    together keep to it without asking each other.
+
+    Args:
+        listens_on_loopback: whether nobody but this machine can reach the server.
+
+    Raises:
+        ValueError: keys are demanded and there are none, or the secret cannot be read.
+    """
+
+    def __init__(
+        self,
+        args: KeyArgs,
+        catalog: Catalog,
+        environment: Mapping[str, str],
+        *,
+        listens_on_loopback: bool,
+        share: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        self._args, self._catalog, self._environment, self._share = args, catalog, environment, share
+        self._version: object = None
+        self._looked = 0.0
+        self._buckets: dict[str, tuple[ApiKey, MacsBucket]] = {}
+        self.demanded = not listens_on_loopback if args.required == "auto" else args.required
+        self._keys = self._read() if self.demanded else {}
+        if self.demanded and not self._keys:
+            raise ValueError(
+                f"keys: the server would answer to other machines, and there are no API keys: put what "
+                f"jobs/make_api_key.py prints into keys.file or the environment variable {VARIABLE}, or set "
+                "keys.required to false"
+            )
+
+    def admit(self, authorization: str | None) -> ApiKey | None:
+        """The key of an `Authorization: Bearer ...` header; None where no keys are demanded.
+
+        Raises:
+            Refusal: 401.
+        """
+        if not self.demanded:
+            return None
+        self._reload()
+        scheme, _, token = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            message = "You didn't provide an API key: send it in the header 'Authorization: Bearer KEY'."
+            raise Refusal(401, message, code="invalid_api_key", retry=False)
+        key = self._keys.get(_digest(token.strip()))
+        if key is None:
+            raise Refusal(401, "Incorrect API key provided.", code="invalid_api_key", retry=False)
+        return key
+
+    @contextmanager
+    def charged(self, key: ApiKey | None, order: Order) -> Iterator[Bill]:
+        """Charges an order before it runs, to be corrected once its model is known. One that is refused after all costs
+        nothing; one that ran out of time, or whose client hangs up, does.
+
+        Raises:
+            Refusal: 429 when the key has nothing left.
+        """
+        bucket = self._bucket(key)
+        bill = Bill(self._catalog.macs_of(order, self._dearest(order)), bucket)
+        if bucket is not None:
+            wait_s = bucket.take(bill.macs, self._share())
+            if wait_s:
+                message = f"This key's limit of multiply-adds is used up; try again in {wait_s:.1f} s."
+                raise Refusal(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
+        try:
+            yield bill
+        except Exception as error:
+            if not (isinstance(error, Refusal) and error.status == 504):
+                bill.correct(0.0)
+            raise
+
+    def headers(self, key: ApiKey | None) -> dict[str, str]:
+        """What is left of a limited key's multiply-adds here, and how long until it is full again."""
+        bucket = self._bucket(key)
+        if key is None or bucket is None or key.macs_per_second is None:
+            return {}
+        share = self._share()
+        level, burst = bucket.level(share), share * key.burst
+        return {
+            "x-ratelimit-limit-macs": f"{burst:.0f}",
+            "x-ratelimit-remaining-macs": f"{max(level, 0.0):.0f}",
+            "x-ratelimit-reset-macs": f"{(burst - level) / (share * key.macs_per_second):.3f}s",
+        }
+
+    def _dearest(self, order: Order) -> float:
+        """Multiply-adds of one pass through the largest model that the order may go to."""
+        named = [model for model in self._catalog.models if model.name == order.model]
+        largest = max(named or self._catalog.models, key=lambda model: model.macs)
+        return min(largest.macs, (order.budget or 1.0) * largest.macs / largest.ratio)
+
+    def _bucket(self, key: ApiKey | None) -> MacsBucket | None:
+        if key is None or key.macs_per_second is None:
+            return None
+        known = self._buckets.get(key.name)
+        if known is None or known[0] != key:  # a changed limit starts with a full bucket
+            known = self._buckets[key.name] = (key, MacsBucket(key.macs_per_second, key.burst))
+        return known[1]
+
+    def _read(self) -> dict[str, ApiKey]:
+        if self._args.file is None:
+            return read_keys(self._environment.get(VARIABLE, "[]"), VARIABLE)
+        path = Path(self._args.file)
+        try:
+            self._version = path.stat().st_mtime_ns
+            return read_keys(path.read_text(encoding="utf-8"), f"keys.file: {path}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"keys.file: {path}: {type(error).__name__}: name a file that can be read") from None
+
+    def _reload(self) -> None:
+        """Reads a file that was changed; one that is broken is reported, and the keys before it stay."""
+        if self._args.file is None or time.monotonic() - self._looked < _RELOAD_S:
+            return
+        self._looked = time.monotonic()
+        try:
+            if Path(self._args.file).stat().st_mtime_ns != self._version:
+                self._keys = self._read()
+        except (OSError, ValueError) as error:
+            _LOG.warning("the API keys were not read again: %s", error)
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,61 @@
+"""A log of routing decisions: one JSON line an order, which can be replayed against another release."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from aptp_platform.serve.args import DecisionArgs
+from aptp_platform.serve.messages import Catalog, Choice, Order
+
+
+def prompt_digest(prompt: str) -> str:
+    """What stands for a prompt where prompts are not logged."""
+    return hashlib.sha256(prompt.encode()).hexdigest()
+
+
+class DecisionLog:
+    """Lines of one router replica, in a file of its own; it is renewed when it reaches `max_bytes`, and the one before
+    is kept. Without a folder nothing is written."""
+
+    def __init__(self, args: DecisionArgs, catalog: Catalog) -> None:
+        self._args, self._catalog = args, catalog
+        self._handler: logging.Handler | None = None
+        if args.folder is not None:
+            folder = Path(args.folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            name = folder / f"decisions-{os.uname().nodename}-{os.getpid()}.jsonl"
+            self._handler = RotatingFileHandler(name, maxBytes=args.max_bytes, backupCount=1, encoding="utf-8")
+
+    def write(self, order: Order, choice: Choice, outcome: str, seconds: float) -> None:
+        """outcome: ok, refused, cancelled or failed."""
+        if self._handler is None:
+            return
+        line = {
+            "time": round(time.time(), 3),
+            "request_id": order.request_id,
+            "key": order.caller,
+            "release": self._catalog.release,
+            "prompt": order.prompt if self._args.prompts == "plain" else None,
+            "prompt_sha256": prompt_digest(order.prompt),
+            "model": choice.model,
+            "routed": choice.routed,
+            "reason": choice.reason,
+            "similarities": [round(value, 5) for value in choice.similarities],
+            "margin": round(choice.margin, 5),
+            "unknown": choice.unknown,
+            "macs": choice.macs,
+            "ratio": choice.ratio,
+            "budget": order.budget,
+            "deadline_ms": order.deadline_ms,
+            "images": len(order.seeds),
+            "num_inference_steps": order.num_inference_steps,
+            "outcome": outcome,
+            "seconds": round(seconds, 4),
+        }
+        self._handler.emit(logging.makeLogRecord({"msg": json.dumps(line)}))

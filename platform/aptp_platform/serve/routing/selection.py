@@ -1,0 +1,175 @@
+"""Which model an order goes to: a pure decision over the router's similarities, the release's facts and the load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from aptp.router import Router
+from aptp_platform.serve.messages import AUTO, TEACHER, Catalog, Choice, ModelFacts, ModelLoad, Order, Reason, Refusal
+from aptp_platform.serve.routing.overflow import place
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the router says of a prompt. similarities: to each code, in the catalog's order."""
+
+    similarities: tuple[float, ...]
+    familiarity: float | None = None
+    unknown: bool | None = None
+
+
+def find(router: Router, prompts: Sequence[str], familiar: float | None) -> list[Found]:
+    """What the router says of each prompt; familiar: as in `Catalog`."""
+    assert router.encoder is not None  # a release without one is not published
+    embeddings = router.encoder.encode(prompts).to(router.bias.device)
+    similarities = router.route_embeddings(embeddings).similarities.tolist()
+    familiarity = router.familiarity(embeddings).tolist()
+    return [
+        Found(tuple(row), known, None if familiar is None else known < familiar)
+        for row, known in zip(similarities, familiarity, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a decision rests on besides the prompt.
+
+    batch_sizes: images that one replica of each model makes at once. target_ms: an image that would take longer at its
+    nearest code goes to a neighbour with room; None: only a code without a replica is left alone.
+    """
+
+    catalog: Catalog
+    batch_sizes: Mapping[str, int]
+    loads: Mapping[str, ModelLoad] = field(default_factory=dict)
+    target_ms: float | None = None
+
+    def load(self, name: str) -> ModelLoad:
+        return self.loads.get(name, ModelLoad())
+
+    def slots(self, name: str) -> int:
+        """Images that a model makes at once; at least one replica's, since one would be started."""
+        return self.batch_sizes[name] * max(1, self.load(name).replicas or 1)
+
+    def is_cold(self, name: str) -> bool:
+        """Whether a model has no replica now."""
+        return self.load(name).replicas == 0
+
+    def room(self, order: Order, model: ModelFacts) -> float:
+        """How many more images like the order's a model takes before one would miss the target."""
+        if self.is_cold(model.name):
+            return 0.0
+        alone = self.alone_ms(order, model)
+        if self.target_ms is None or not alone:
+            return inf
+        return max(0.0, self.slots(model.name) * (self.target_ms // alone) - self.load(model.name).running)
+
+    def alone_ms(self, order: Order, model: ModelFacts) -> float | None:
+        """Milliseconds to one image without a queue.
+
+        A model that was not timed yet is taken to be as fast for its MACs as those that were; None before any was.
+        """
+        timed = {name: load.step_ms for name, load in self.loads.items() if load.step_ms is not None}
+        if not timed:
+            return None
+        rates = [step_ms / self.catalog.find(name).ratio for name, step_ms in timed.items()]
+        step_ms = timed.get(model.name, model.ratio * sum(rates) / len(rates))
+        return order.num_inference_steps * step_ms
+
+    def expected_ms(self, order: Order, model: ModelFacts) -> float | None:
+        """Milliseconds to one image, behind all the steps that are ordered before it if no place is free."""
+        alone, load, slots = self.alone_ms(order, model), self.load(model.name), self.slots(model.name)
+        if alone is None or load.running < slots:
+            return alone
+        return alone * (1 + load.steps / slots / order.num_inference_steps)
+
+
+def decide(orders: Sequence[Order], found: Sequence[Found], situation: Situation) -> list[Choice | Refusal]:
+    """The choices of orders that arrived together; those that leave the model to the router share the codes' room."""
+    free = [i for i, o in enumerate(orders) if o.model == AUTO and o.budget is None and o.deadline_ms is None]
+    homes: dict[int, ModelFacts] = {}
+    if free:
+        codes = situation.catalog.codes
+        rooms = [min(situation.room(orders[index], code) for index in free) for code in codes]
+        placed = place([found[index].similarities for index in free], [code.ratio for code in codes], rooms)
+        homes = {index: codes[code] for index, code in zip(free, placed, strict=True)}
+    answers: list[Choice | Refusal] = []
+    for index, order in enumerate(orders):
+        try:
+            answers.append(choose(order, found[index], situation, homes.get(index)))
+        except Refusal as refusal:
+            answers.append(refusal)
+    return answers
+
+
+def choose(order: Order, found: Found, situation: Situation, placed: ModelFacts | None = None) -> Choice:
+    """The model of an order.
+
+    A model that was asked for is taken, if it fits. Under a budget or a deadline it is the largest model that fits, of
+    equally large ones the nearest to the prompt. Else it is the nearest code, or where `decide` placed the order.
+
+    Raises:
+        Refusal: 404 when this release has no such model (during a rollout the ingress may know one that has), 422 when
+            no model can fit, with the cheapest offer; 429 when one could if its queue were shorter.
+    """
+    catalog, similarities = situation.catalog, found.similarities
+    ranked = sorted(similarities, reverse=True)
+    routed = catalog.codes[similarities.index(ranked[0])]
+    candidates = [model for model in catalog.models if order.model in (AUTO, model.name)]
+    if not candidates:
+        raise Refusal(404, f"The model {order.model!r} does not exist.", code="model_not_found", param="model")
+    reason: Reason = "routed" if order.model == AUTO else "asked"
+    chosen = routed if order.model == AUTO else candidates[0]
+    if placed is not None and placed != routed:
+        chosen, reason = placed, "cold" if situation.is_cold(routed.name) else "overflow"
+    if order.budget is not None or order.deadline_ms is not None:
+        fitting = _within_deadline(order, _within_budget(order, candidates), situation)
+        nearness = {code.name: value for code, value in zip(catalog.codes, similarities, strict=True)}
+        chosen = max(fitting, key=lambda model: (round(model.ratio, 2), nearness.get(model.name, ranked[0])))
+        if order.model == AUTO:
+            reason = "budget" if order.deadline_ms is None else "deadline"
+    return Choice(
+        model=chosen.name,
+        routed=routed.name,
+        reason=reason,
+        similarities=similarities,
+        margin=ranked[0] - ranked[1] if len(ranked) > 1 else 0.0,
+        ratio=chosen.ratio,
+        macs=chosen.macs,
+        expected_ms=situation.expected_ms(order, chosen),
+        familiarity=found.familiarity,
+        unknown=found.unknown,
+    )
+
+
+def _within_budget(order: Order, candidates: Sequence[ModelFacts]) -> Sequence[ModelFacts]:
+    if order.budget is None:
+        return candidates
+    fitting = [model for model in candidates if model.ratio <= order.budget + 1e-9]
+    if not fitting:
+        cheapest = min(candidates, key=lambda model: model.ratio)
+        message = (
+            f"No model fits 'budget' {order.budget:g}: the cheapest is {cheapest.name} at {cheapest.ratio:.3f} of the "
+            f"{TEACHER}'s MACs."
+        )
+        raise Refusal(422, message, code="budget_infeasible", param="budget", retry=False)
+    return fitting
+
+
+def _within_deadline(order: Order, candidates: Sequence[ModelFacts], situation: Situation) -> Sequence[ModelFacts]:
+    limit = order.deadline_ms
+    if limit is None:
+        return candidates
+    expected = {model.name: situation.expected_ms(order, model) or 0.0 for model in candidates}
+    fitting = [model for model in candidates if expected[model.name] <= limit]
+    if fitting:
+        return fitting
+    soonest = min(candidates, key=lambda model: expected[model.name])
+    wait_ms = expected[soonest.name]
+    message = f"No model meets 'deadline_ms' {limit:g}: the soonest is {soonest.name} in about {wait_ms:.0f} ms."
+    if any((situation.alone_ms(order, model) or 0.0) <= limit for model in candidates):
+        raise Refusal(
+            429, message, code="deadline_infeasible", param="deadline_ms", retry_after_s=(wait_ms - limit) / 1e3
+        )
+    raise Refusal(422, message, code="deadline_infeasible", param="deadline_ms", retry=False)

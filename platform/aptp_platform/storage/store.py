@@ -1,0 +1,384 @@
+"""Folders and objects, wherever they are: a path, `file://`, `s3://` or `gs://`, by fsspec.
+
+A `Store` is one folder. Nothing in it is ever half there: a file appears when it is complete, a published folder's
+marker (`stage.json`, `release.json`) appears last. Credentials come from the environment or from a profile; they are in
+no config, no URI, no pickled `Store` and no error. The module is light: a task that only reads need not load torch.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import fnmatch
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+import pyarrow.fs
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+
+from aptp_platform.storage.errors import GuardedFile
+
+MARKERS = ("stage.json", "release.json")
+_SCHEMES = ("s3", "gs")
+_CONNECT_SECONDS = 5
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How object stores are reached. Keys and tokens come from the environment or a profile, never from here."""
+
+    endpoint: str | None = None  # of an S3-compatible server; unset: the provider's own
+    region: str | None = None
+    profile: str | None = None
+    anonymous: bool = False
+    timeout_s: float = 15.0  # without a byte of an answer, a request has failed
+    attempts: int = 10  # at a request, with pauses that grow to 20 s: a bucket may be away for a minute or two
+
+
+class StoreError(ValueError):
+    """A folder or object that cannot be used: one line that says which, why, and what to change."""
+
+
+class MissingError(StoreError):
+    """There is no such object, now."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """One folder, local or in a bucket. Names in it are relative, with `/`; `""` is the folder itself."""
+
+    uri: str  # a local folder's absolute path, or scheme://bucket/prefix
+    config: StorageConfig = field(default_factory=StorageConfig)
+
+    @classmethod
+    def open(cls, uri: str | Path, config: StorageConfig | None = None) -> Store:
+        """The folder at `uri`; a relative path is made absolute. Nothing is touched yet.
+
+        Raises:
+            StoreError: an unknown scheme, no bucket, or credentials or options written into the URI.
+        """
+        text = str(uri)
+        scheme, separator, rest = text.partition("://")
+        if not separator:
+            return cls(str(Path(text).expanduser().absolute()), config or StorageConfig())
+        if scheme == "file":
+            return cls(str(Path(unquote(urlsplit(text).path)).absolute()), config or StorageConfig())
+        if scheme not in _SCHEMES:
+            raise StoreError(f"{scheme}://...: unknown scheme; use a path, file://, {'://, '.join(_SCHEMES)}://")
+        bucket = rest.partition("/")[0]
+        if "@" in bucket or "?" in rest:
+            raise StoreError(
+                f"{scheme}://...: a URI holds a bucket and a prefix only; endpoint and region belong in `storage:`, "
+                "keys in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in a profile (storage.profile)"
+            )
+        if not bucket:
+            raise StoreError(f"{text}: names no bucket; write {scheme}://bucket/prefix")
+        return cls(text.rstrip("/"), config or StorageConfig())
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    def join(self, *parts: str) -> Store:
+        """A folder in this one."""
+        return Store("/".join([self.uri.rstrip("/"), *(part.strip("/") for part in parts if part)]), self.config)
+
+    def reach(self) -> None:
+        """Ask the bucket for this folder, with no patience for one that does not answer.
+
+        Raises:
+            StoreError: it is not reachable, or refuses to list.
+        """
+        Store(self.uri, replace(self.config, attempts=1)).exists()
+
+    def make(self) -> None:
+        """Make the bucket, or the local folder, if it is missing."""
+        with self._one_line(""):
+            self._fs.makedirs(self._path(""), exist_ok=True)
+
+    def exists(self, name: str = "") -> bool:
+        """Whether the file or folder is there; a bucket that is missing holds nothing."""
+        with self._one_line(name):
+            try:
+                self._fs.info(self._path(name))
+            except FileNotFoundError:
+                return False
+            return True
+
+    def list(self, pattern: str = "**") -> builtins.list[str]:
+        """Names of the files here that match a glob, sorted; `*` and `?` stop at `/`, a leading `**` takes all depths.
+
+        An absent folder has no files.
+        """
+        return sorted(self._sizes(pattern))
+
+    def require(self, pattern: str, fix: str) -> builtins.list[str]:
+        """As `list`, but at least one.
+
+        Args:
+            fix: what to change, named in the error: a config field.
+
+        Raises:
+            StoreError: the folder is missing or empty, or nothing in it matches.
+        """
+        found = self.list(pattern)
+        if found:
+            return found
+        there = self.list("*")
+        if there:
+            some = ", ".join(there[:3]) + (", ..." if len(there) > 3 else "")
+            raise StoreError(f"{self.uri}: no file matches {pattern!r}; it holds {some}: change {fix}")
+        state = "holds no files" if self.exists() else "does not exist"
+        raise StoreError(f"{self.uri}: {state}; it must hold files that match {pattern!r}: change {fix}")
+
+    def fingerprint(self, pattern: str = "**") -> str:
+        """A sha256 over the names, sizes and versions (ETag, or time of change) of the files that match."""
+        digest = hashlib.sha256()
+        for name, info in sorted(self._infos(pattern).items()):
+            version = info.get("ETag") or info.get("etag") or info.get("mtime") or ""
+            digest.update(json.dumps([name, info["size"], str(version)]).encode())
+        return digest.hexdigest()
+
+    def size(self, name: str) -> int:
+        """Bytes of one file."""
+        with self._one_line(name):
+            return int(self._fs.info(self._path(name))["size"])
+
+    @contextmanager
+    def open_file(self, name: str, mode: Literal["rb", "wb"] = "rb") -> Iterator[IO[bytes]]:
+        """A file as a stream. One that is written appears when the block ends well, and not at all otherwise."""
+        if mode == "rb":
+            with self._one_line(name):
+                stream = self._fs.open(self._path(name), "rb")
+            if not self.is_local:
+                stream = io.BufferedReader(GuardedFile(stream, lambda: self._one_line(name)), _BUFFER)
+            with stream:
+                yield stream
+            return
+        target = Path(self._path(name))
+        folder = target.parent if self.is_local else Path(tempfile.gettempdir())
+        with self._one_line(name):
+            folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f".{target.name}.{uuid.uuid4().hex}"
+        try:
+            with scratch.open("wb") as stream:
+                yield stream
+            with self._one_line(name):
+                if self.is_local:
+                    scratch.replace(target)
+                else:
+                    self._fs.put_file(str(scratch), self._path(name))
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def read_json(self, name: str) -> Any:
+        with self._one_line(name):
+            data = self._fs.cat_file(self._path(name))  # one request: an open file notices that another wrote it anew
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise StoreError(f"{self._show(name)}: is not JSON: {error}; write it again") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        with self.open_file(name, "wb") as stream:
+            stream.write((json.dumps(value, indent=2) + "\n").encode())
+
+    def fetch(self, name: str, local_dir: str | Path) -> Path:
+        """A local copy of a file or folder: where it is, if it is local, else in `local_dir` under its last name."""
+        if self.is_local:
+            if not self.exists(name):
+                raise StoreError(f"{self._show(name)}: does not exist; check the path")
+            return Path(self._path(name))
+        target = Path(local_dir) / PurePosixPath(self._path(name)).name
+        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        path = self._path(name)
+        try:
+            with self._one_line(name):
+                files = self._fs.find(path)
+                if not files:
+                    raise FileNotFoundError(path)
+                targets = [str(scratch / file[len(path) :].strip("/")).rstrip("/") for file in files]
+                for each in targets:
+                    Path(each).parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get(files, targets)
+            if target.is_dir():
+                shutil.rmtree(target)
+            scratch.replace(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return target
+
+    def publish(self, local_dir: str | Path, name: str, *, last: Sequence[str] = MARKERS) -> None:
+        """Copy a local folder here as `name`, in the place of what was there.
+
+        Locally the whole folder appears at once. In a bucket the files named in `last` are removed first and written
+        last, so a reader that finds one of them finds a whole folder.
+        """
+        source = Path(local_dir)
+        if not source.is_dir():
+            raise StoreError(f"{source}: is no folder; there is nothing to publish as {self._show(name)}")
+        if self.is_local:
+            target = Path(self._path(name))
+            if target == source.absolute():
+                return
+            scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            try:
+                with self._one_line(name):
+                    shutil.copytree(source, scratch)
+                    _put_in_place(scratch, target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            return
+        self.remove(name)
+        files = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
+        with self._one_line(name):
+            for group in ([file for file in files if file not in last], [file for file in files if file in last]):
+                self._fs.put([str(source / file) for file in group], [self._path(f"{name}/{file}") for file in group])
+
+    def move(self, name: str, target: str) -> None:
+        """Rename a folder in this store, in the place of what was there; in a bucket, object by object."""
+        if self.is_local:
+            with self._one_line(name):
+                _put_in_place(Path(self._path(name)), Path(self._path(target)))
+            return
+        self.remove(target)
+        files = self.join(name).list()
+        with self._one_line(name):
+            sources = [self._path(f"{name}/{file}") for file in files]
+            self._fs.copy(sources, [self._path(f"{target}/{file}") for file in files])
+            self._fs.rm(sources)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all it holds; nothing happens when it is not there. Markers go first."""
+        if not name.strip("/."):
+            raise StoreError(f"{self.uri}: will not remove the folder itself; name a part of it")
+        with self._one_line(name):
+            path = self._path(name)
+            for marker in MARKERS:
+                if self._fs.exists(f"{path}/{marker}"):
+                    self._fs.rm(f"{path}/{marker}")
+            if self._fs.exists(path):
+                self._fs.rm(path, recursive=True)
+
+    def arrow(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        """This folder for Arrow, Ray Data and Ray Train's storage: a file system, and the path in it."""
+        if self.is_local:
+            return pyarrow.fs.LocalFileSystem(), self.uri
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self._fs)), self._path("")
+
+    @property
+    def _fs(self) -> Any:
+        """fsspec keeps one instance for the same arguments in a process."""
+        if self.is_local:
+            return fsspec.filesystem("file", auto_mkdir=True, use_listings_cache=False)
+        config = self.config
+        if self.uri.startswith("gs://"):
+            try:
+                return fsspec.filesystem("gs", token="anon" if config.anonymous else None, use_listings_cache=False)
+            except ImportError:
+                raise StoreError(f"{self.uri}: gs:// needs the package gcsfs: pip install 'aptp[gcs]'") from None
+        with self._one_line(""):
+            return fsspec.filesystem(
+                "s3",
+                anon=config.anonymous,
+                endpoint_url=config.endpoint,
+                profile=config.profile,
+                client_kwargs={"region_name": config.region} if config.region else {},
+                config_kwargs={
+                    "connect_timeout": _CONNECT_SECONDS,
+                    "read_timeout": config.timeout_s,
+                    "retries": {"mode": "standard", "total_max_attempts": config.attempts},
+                },
+                use_listings_cache=False,
+            )
+
+    def _path(self, name: str) -> str:
+        folder = self.uri.partition("://")[2] or self.uri
+        return f"{folder}/{name.strip('/')}".rstrip("/") or "/"
+
+    def _show(self, name: str) -> str:
+        return f"{self.uri}/{name}" if name else self.uri
+
+    def _sizes(self, pattern: str) -> dict[str, int]:
+        return {name: int(info["size"]) for name, info in self._infos(pattern).items()}
+
+    def _infos(self, pattern: str) -> dict[str, dict[str, Any]]:
+        path = self._path("")
+        depth = None if "**" in pattern else pattern.count("/") + 1
+        with self._one_line(""):
+            try:
+                found = self._fs.find(path, maxdepth=depth, detail=True)
+            except FileNotFoundError:
+                return {}
+        names = {file[len(path) :].lstrip("/"): info for file, info in found.items()}
+        return {name: info for name, info in names.items() if name and _matches(name, pattern)}
+
+    @contextmanager
+    def _one_line(self, name: str) -> Iterator[None]:
+        """Turn what fsspec and botocore raise into one line."""
+        shown = self._show(name)
+        try:
+            yield
+        except StoreError:
+            raise
+        except FileNotFoundError:
+            raise MissingError(f"{shown}: does not exist; check the name, and storage.endpoint for a bucket") from None
+        except PermissionError as error:
+            fix = "check its permissions"
+            if not self.is_local:
+                fix = "check the credentials, and that the bucket's policy lets them list, read and write"
+            raise StoreError(f"{shown}: access denied ({_reason(error)}): {fix}") from None
+        except (NoCredentialsError, PartialCredentialsError):
+            raise StoreError(
+                f"{shown}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage.profile, or "
+                "storage.anonymous for a public bucket"
+            ) from None
+        except ProfileNotFound:
+            raise StoreError(
+                f"storage.profile: {self.config.profile!r}: no such profile; name one that exists"
+            ) from None
+        except (BotoCoreError, ClientError, OSError, ValueError) as error:
+            if self.is_local or getattr(error, "errno", None) == errno.ENOSPC:
+                fix = ": make room, or name another place" if getattr(error, "errno", None) == errno.ENOSPC else ""
+                raise StoreError(f"{shown}: {_reason(error)}{fix}") from None
+            at = f" at storage.endpoint {self.config.endpoint}" if self.config.endpoint else ""
+            raise StoreError(f"{shown}: not reachable{at} ({_reason(error)}): check the endpoint and region") from None
+
+
+def _put_in_place(source: Path, target: Path) -> None:
+    """Rename a folder over another one; what stood there is removed only after the new one stands."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("/"), pattern.split("/")
+    if wanted[0] == "**":
+        wanted = wanted[1:] or ["*"]
+        parts = parts[len(parts) - len(wanted) :]
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _reason(error: BaseException) -> str:
+    """The error's kind and first words; never the whole of it, which may quote a request."""
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

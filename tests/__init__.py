@@ -1,0 +1,1 @@
+"""The tests mirror both packages and the examples; `tests.support` is what they share."""

@@ -1,0 +1,180 @@
+"""API keys: known by their hashes, limited in multiply-adds, off on loopback; the secret is in no error and no log."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from aptp_platform.serve.args import KeyArgs, ServeArgs
+from aptp_platform.serve.http.ingress import create_app
+from aptp_platform.serve.http.keys import VARIABLE, Doorkeeper, MacsBucket, make_key, read_keys
+from aptp_platform.serve.messages import (
+    TEACHER,
+    Catalog,
+    Choice,
+    CodeMap,
+    ModelFacts,
+    ModelLoad,
+    Order,
+    Picture,
+    Refusal,
+)
+
+MODELS = (ModelFacts("code-00", 0.5, 5e8, 10, 1.0), ModelFacts(TEACHER, 1.0, 1e9, None, None))
+CATALOG = Catalog("0123456789ab", (16, 16), MODELS)
+IMAGE = {"prompt": "a cat", "num_inference_steps": 10, "guidance_scale": 0}  # ten passes: 5e9 of code-00
+
+
+class CheapGateway:
+    """Sends every order to code-00, or refuses it, without making anything."""
+
+    refuses = 0  # with this status
+
+    async def route(self, order: Order) -> Choice:
+        if self.refuses:
+            raise Refusal(self.refuses, "no", code="no")
+        return Choice("code-00", "code-00", "routed", (1.0,), 0.0, 0.5, 5e8)
+
+    async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
+        return await self.route(order), [Picture(b"", seed, 1, 0.0, 0.0, 1) for seed in order.seeds]
+
+    async def stream(self, order: Order) -> AsyncIterator[Choice | Picture]:
+        choice, pictures = await self.generate(order)
+        yield choice
+        yield pictures[0]
+
+    async def loads(self) -> dict[str, ModelLoad]:
+        return {}
+
+    async def code_map(self) -> CodeMap:
+        return CodeMap(((0.0, 0.0),), (), ((0.0,), (0.0,)), (0.0,))
+
+
+def door(args: KeyArgs, entries: Any = (), *, loopback: bool = False) -> Doorkeeper:
+    environment = {VARIABLE: json.dumps([entry.model_dump() for entry in entries])}
+    return Doorkeeper(args, CATALOG, environment, listens_on_loopback=loopback)
+
+
+def ask(keeper: Doorkeeper, *calls: tuple[str, str, Any], gateway: Any = None) -> list[httpx.Response]:
+    """Answers to (path, key, body); a body of None is a GET."""
+
+    async def main() -> list[httpx.Response]:
+        app = create_app(gateway or CheapGateway(), CATALOG, ServeArgs(release="x"), keeper)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            answers = []
+            for path, key, body in calls:
+                headers = {"authorization": f"Bearer {key}"} if key else {}
+                send = http.get(path, headers=headers) if body is None else http.post(path, headers=headers, json=body)
+                answers.append(await send)
+            return answers
+
+    return asyncio.run(main())
+
+
+def test_a_bucket_lets_in_at_its_rate_and_never_starves_a_large_order() -> None:
+    now = 0.0
+    bucket = MacsBucket(rate=10, burst=100, clock=lambda: now)
+    assert bucket.take(250) == 0, "anything is left, so the order is charged whole"
+    assert bucket.take(1) == pytest.approx(15), "the seconds until the level is above zero"
+    now = 15.5
+    assert bucket.take(5) == 0
+    now = 1000.0
+    assert bucket.level() == 100, "never more than the burst"
+    assert bucket.level(share=0.25) == 25, "of four replicas each lets a quarter in"
+
+
+def test_keys_are_off_on_loopback_and_demanded_elsewhere() -> None:
+    assert door(KeyArgs(), loopback=True).admit(None) is None
+    with pytest.raises(ValueError, match=r"no API keys: put .* into keys\.file or .*APTP_API_KEYS"):
+        door(KeyArgs())
+    assert door(KeyArgs(required=False)).admit(None) is None
+    with pytest.raises(ValueError, match="no API keys"):
+        door(KeyArgs(required=True), loopback=True)
+
+
+def test_only_a_known_key_is_listened_to_and_probes_need_none() -> None:
+    token, entry = make_key("web")
+    stranger, _ = make_key("web")
+    keeper = door(KeyArgs(), [entry])
+    image = "/v1/images/generations"
+    known, *others = ask(keeper, (image, token, IMAGE), (image, stranger, IMAGE), (image, "", IMAGE), (image, "", {}))
+    assert known.status_code == 200
+    assert "x-ratelimit-limit-macs" not in known.headers, "a key without a limit"
+    for answer in others:
+        error = answer.json()["error"]
+        assert answer.status_code == 401
+        assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
+        assert answer.headers["x-should-retry"] == "false"
+        assert stranger not in answer.text
+    closed = ask(keeper, ("/v1/models", "", None), ("/v1/route", "", {"prompt": "a"}))
+    assert [answer.status_code for answer in closed] == [401, 401]
+    assert [answer.status_code for answer in ask(keeper, ("/health", "", None), ("/", "", None))] == [200, 200]
+
+
+def test_a_limit_counts_the_multiply_adds_of_the_chosen_model() -> None:
+    token, entry = make_key("web", macs_per_second=1e3)
+    entry = entry.model_copy(update={"burst_macs": 12e9})
+    other, free = make_key("other")
+    image = ("/v1/images/generations", token, IMAGE)
+    keeper = door(KeyArgs(), [entry, free])
+    first, streamed, third, fourth, unlimited = ask(
+        keeper, image, (*image[:2], IMAGE | {"stream": True}), image, image, (image[0], other, IMAGE)
+    )
+    left = [float(answer.headers["x-ratelimit-remaining-macs"]) for answer in (first, streamed, third)]
+    assert left == pytest.approx([7e9, 2e9, 0], abs=1e5), "5e9 each, the teacher's 1e10 only while the choice is open"
+    assert [answer.status_code for answer in (first, streamed, third, fourth)] == [200, 200, 200, 429]
+    assert fourth.json()["error"]["code"] == "rate_limit_exceeded"
+    assert float(fourth.headers["retry-after"]) == pytest.approx(3e6, rel=0.01), "3e9 above the limit, 1e3 a second"
+    assert unlimited.status_code == 200, "another key's limit is its own"
+
+
+@pytest.mark.parametrize(("status", "free"), [(503, True), (429, True), (504, False)])
+def test_an_order_that_is_refused_costs_nothing_unless_it_was_tried(status: int, free: bool) -> None:
+    token, entry = make_key("web", macs_per_second=1e3)
+    keeper, gateway = door(KeyArgs(), [entry]), CheapGateway()
+    gateway.refuses = status
+    (answer,) = ask(keeper, ("/v1/images/generations", token, IMAGE), gateway=gateway)
+    assert answer.status_code == status
+    assert (answer.headers["x-ratelimit-remaining-macs"] == answer.headers["x-ratelimit-limit-macs"]) == free
+
+
+def test_a_changed_file_counts_and_a_broken_one_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("aptp_platform.serve.http.keys._RELOAD_S", 0.0)
+    file = tmp_path / "keys.json"
+    (old, old_entry), (new, new_entry) = make_key("old"), make_key("new")
+    file.write_text(json.dumps([old_entry.model_dump()]))
+    keeper = door(KeyArgs(file=str(file)))
+    assert keeper.admit(f"Bearer {old}") == old_entry
+    file.write_text(json.dumps([new_entry.model_dump()]))
+    assert keeper.admit(f"Bearer {new}") == new_entry
+    with pytest.raises(Refusal):
+        keeper.admit(f"Bearer {old}")
+    file.write_text(f'[{{"name": "x", "sha256": "{new}"}}]')
+    assert keeper.admit(f"Bearer {new}") == new_entry
+    assert "were not read again" in caplog.text
+    assert new not in caplog.text, "a key that was put where its hash belongs is not echoed"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "line 1 is not JSON"),
+        ("{}", "list"),
+        ('[{"name": "a b", "sha256": "x"}]', r"0\.name"),
+        ('[{"name": "a", "sha256": "my-secret-key"}]', r"0\.sha256"),
+        (f'[{{"name": "a", "sha256": "{"0" * 64}", "macs": 3}}]', r"0\.macs"),
+        (f'[{{"name": "a", "sha256": "{"0" * 64}", "macs_per_second": 0}}]', r"0\.macs_per_second"),
+        (f'[{{"name": "a", "sha256": "{"0" * 64}"}}, {{"name": "a", "sha256": "{"1" * 64}"}}]', "one name"),
+    ],
+)
+def test_a_wrong_secret_is_refused_by_field_and_not_quoted(text: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named) as caught:
+        read_keys(text, "APTP_API_KEYS")
+    assert "my-secret-key" not in str(caught.value)

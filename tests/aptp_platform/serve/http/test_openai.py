@@ -1,0 +1,149 @@
+"""The wire format: legal bodies become orders; each illegal one gets its status, code and parameter."""
+
+import json
+from typing import Any
+
+import pytest
+
+from aptp_platform.serve.args import ImageArgs
+from aptp_platform.serve.http.openai import ImageRequest, RouteRequest, error_body, parse_request, to_order
+from aptp_platform.serve.messages import TEACHER, Catalog, ModelFacts, Order, Refusal, code_name
+
+CATALOG = Catalog(
+    "0123456789ab",
+    (64, 64),
+    (
+        ModelFacts(code_name(0), 0.5, 5e8, 10, 0.4),
+        ModelFacts(code_name(1), 0.75, 7.5e8, 15, 0.6),
+        ModelFacts(TEACHER, 1.0, 1e9, None, None),
+    ),
+)
+LIMITS = ImageArgs(sizes=("64x96",), max_images=4, max_prompt_chars=100)
+
+
+def order(body: Any) -> Order:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return to_order(parse_request(ImageRequest, data), LIMITS, CATALOG)
+
+
+def refusal(body: Any) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        order(body)
+    return caught.value
+
+
+def test_a_prompt_is_enough() -> None:
+    made = order({"prompt": "a cat"})
+    assert (made.model, made.size, made.num_inference_steps, made.guidance_scale) == ("auto", (64, 64), 25, 7.5)
+    assert len(made.seeds) == 1
+    assert order({"prompt": "a cat"}).seeds != made.seeds, "seeds are drawn"
+
+
+def test_everything_openai_and_we_know_is_understood() -> None:
+    made = order(
+        {
+            "prompt": "ein Käse 🧀\n\twith 'quotes'",
+            "model": "code-01",
+            "n": 3,
+            "size": "64x96",
+            "response_format": "b64_json",
+            "output_format": "webp",
+            "output_compression": 70,
+            "background": "opaque",
+            "quality": "hd",
+            "style": "natural",
+            "moderation": "low",
+            "user": "somebody",
+            "seed": 4294967295,
+            "negative_prompt": "fog",
+            "num_inference_steps": 4,
+            "guidance_scale": 0,
+            "budget": 0.9,
+            "deadline_ms": 2000,
+        }
+    )
+    assert made.seeds == (4294967295, 0, 1), "seeds count up, and around"
+    assert (made.size, made.output_format, made.compression) == ((64, 96), "webp", 70)
+    assert (made.budget, made.deadline_ms, made.guidance_scale, made.negative_prompt) == (0.9, 2000, 0, "fog")
+
+
+def test_null_means_absent() -> None:
+    assert order({"prompt": "a cat", "n": None, "size": None, "seed": None, "model": None}).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        (b"", 400, "invalid_json", None),
+        (b"{", 400, "invalid_json", None),
+        (b'{"prompt": "\\ud800"}', 400, "invalid_json", None),
+        (b'{"prompt": "\xff"}', 400, "invalid_json", None),
+        (b"[" * 100_000, 400, "invalid_json", None),
+        (b"[]", 400, "invalid_type", None),
+        (b'"a cat"', 400, "invalid_type", None),
+        ({}, 400, "missing_required_parameter", "prompt"),
+        ({"prompt": None}, 400, "invalid_type", "prompt"),
+        ({"prompt": ["a cat"]}, 400, "invalid_type", "prompt"),
+        ({"prompt": "  \n"}, 400, "invalid_value", "prompt"),
+        ({"prompt": "a\x00cat"}, 400, "invalid_value", "prompt"),
+        ({"prompt": "a" * 101}, 400, "invalid_value", "prompt"),
+        ({"prompt": "a", "negative_prompt": "a" * 101}, 400, "invalid_value", "negative_prompt"),
+        ({"prompt": "a", "negative_prompt": "\x1b[2J"}, 400, "invalid_value", "negative_prompt"),
+        ({"prompt": "a", "n": 0}, 400, "invalid_value", "n"),
+        ({"prompt": "a", "n": 1000}, 400, "invalid_value", "n"),
+        ({"prompt": "a", "n": "2"}, 400, "invalid_type", "n"),
+        ({"prompt": "a", "n": True}, 400, "invalid_type", "n"),
+        ({"prompt": "a", "n": 1.5}, 400, "invalid_type", "n"),
+        ({"prompt": "a", "n": 10**400}, 400, None, "n"),
+        ({"prompt": "a", "size": "1000000x1000000"}, 400, "invalid_value", "size"),
+        ({"prompt": "a", "size": "64"}, 400, "invalid_value", "size"),
+        ({"prompt": "a", "size": "512x512"}, 400, "invalid_value", "size"),
+        ({"prompt": "a", "size": "x" * 10_000}, 400, "invalid_value", "size"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, 400, "invalid_value", "guidance_scale"),
+        ({"prompt": "a", "guidance_scale": float("inf")}, 400, "invalid_value", "guidance_scale"),
+        ({"prompt": "a", "guidance_scale": -1}, 400, "invalid_value", "guidance_scale"),
+        ({"prompt": "a", "guidance_scale": 1000}, 400, "invalid_value", "guidance_scale"),
+        ({"prompt": "a", "num_inference_steps": 0}, 400, "invalid_value", "num_inference_steps"),
+        ({"prompt": "a", "num_inference_steps": 101}, 400, "invalid_value", "num_inference_steps"),
+        ({"prompt": "a", "seed": -1}, 400, "invalid_value", "seed"),
+        ({"prompt": "a", "seed": 2**32}, 400, "invalid_value", "seed"),
+        ({"prompt": "a", "budget": 0}, 400, "invalid_value", "budget"),
+        ({"prompt": "a", "budget": 1.5}, 400, "invalid_value", "budget"),
+        ({"prompt": "a", "deadline_ms": float("nan")}, 400, "invalid_value", "deadline_ms"),
+        ({"prompt": "a", "output_format": "gif"}, 400, "invalid_value", "output_format"),
+        ({"prompt": "a", "output_compression": 101}, 400, "invalid_value", "output_compression"),
+        ({"prompt": "a", "response_format": "path"}, 400, "invalid_value", "response_format"),
+        ({"prompt": "a", "background": "transparent"}, 400, "invalid_value", "background"),
+        ({"prompt": "a", "partial_images": 4, "stream": True}, 400, "invalid_value", "partial_images"),
+        ({"prompt": "a", "partial_images": 1}, 400, "invalid_value", "partial_images"),
+        ({"prompt": "a", "stream": True, "n": 2}, 400, "invalid_value", "n"),
+        ({"prompt": "a", "num_inference_step": 3}, 400, "unknown_parameter", "num_inference_step"),
+        ({"prompt": "a", "x" * 500: 3}, 400, "unknown_parameter", "x" * 64 + "..."),
+        ({"prompt": "a", "model": "dall-e-3"}, 404, "model_not_found", "model"),
+        ({"prompt": "a", "model": "code-02"}, 404, "model_not_found", "model"),
+    ],
+)
+def test_a_wrong_body_gets_its_own_answer(body: Any, status: int, code: str | None, param: str | None) -> None:
+    answer = refusal(body)
+    assert (answer.status, answer.param) == (status, param)
+    assert code is None or answer.code == code
+    assert len(answer.message) < 400, "nobody's input is echoed at length"
+    json.dumps(error_body(answer.status, answer.message, answer.code, answer.param), allow_nan=False)
+
+
+def test_an_unknown_parameter_names_the_nearest() -> None:
+    assert "'num_inference_steps'" in refusal({"prompt": "a", "num_inference_step": 3}).message
+
+
+def test_a_route_request_orders_no_images() -> None:
+    made = to_order(parse_request(RouteRequest, b'{"prompt": "a cat", "budget": 0.6}'), LIMITS, CATALOG)
+    assert (made.prompt, made.budget) == ("a cat", 0.6)
+    with pytest.raises(Refusal):
+        parse_request(RouteRequest, b'{"prompt": "a cat", "n": 2}')
+
+
+def test_the_error_object_has_all_four_keys() -> None:
+    for status, kind in ((400, "invalid_request_error"), (429, "rate_limit_error"), (503, "server_error")):
+        error = error_body(status, "no")["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == kind

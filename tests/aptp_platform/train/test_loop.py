@@ -1,0 +1,74 @@
+"""Runs of a toy stage on real worker groups: what is undisturbed, interrupted or killed ends the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cloudpickle
+import torch
+
+from aptp_platform.config import ConfigError
+from aptp_platform.storage.store import Store
+from aptp_platform.train.trainer import fit, fit_all
+from tests.support import toy_stage
+from tests.support.toy_stage import ToyStage, losses_of, toy
+
+ray.cloudpickle.register_pickle_by_value(toy_stage)
+
+
+def run(stage: ToyStage) -> dict[str, Any]:
+    return fit(stage, Store.open(stage.folder), "run")
+
+
+def values_of(summary: dict[str, Any]) -> torch.Tensor:
+    return torch.cat([torch.tensor(value).flatten() for value in summary.values()])
+
+
+def told_of(folder: Path) -> list[dict[str, float]]:
+    """What a run told of the batch of all workers."""
+    return [json.loads(line) for line in (folder / "told.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_interrupted_and_killed_runs_end_as_the_undisturbed_one(tmp_path: Path) -> None:
+    undisturbed = run(toy(tmp_path / "undisturbed", steps=4, every=2))
+    (losses,) = losses_of(tmp_path / "undisturbed")
+    assert len(losses) == 4
+
+    assert run(toy(tmp_path / "halves", steps=2, every=2)) != undisturbed
+    halves = run(toy(tmp_path / "halves", steps=4, every=2, workers=2))
+    assert torch.allclose(values_of(halves), values_of(undisturbed), rtol=1e-5), (
+        "another number of workers, a half each"
+    )
+    told = told_of(tmp_path / "halves")
+    assert [len(each) for each in losses_of(tmp_path / "halves")] == [2, 2], "it went on behind step 2"
+    assert told[0] == told_of(tmp_path / "undisturbed")[0]
+    assert told[-1] == pytest.approx(told_of(tmp_path / "undisturbed")[-1], rel=1e-6), "with its rows and noise"
+
+    assert run(toy(tmp_path / "killed", steps=4, every=2, faults=((3, "worker"),))) == undisturbed
+    before, after = losses_of(tmp_path / "killed")
+    assert before == losses[:3]
+    assert after == losses[-len(after) :]
+
+    assert run(toy(tmp_path / "halves", steps=4, every=2)) == halves, "finished: not run again"
+    assert len(losses_of(tmp_path / "halves")) == 2
+    with pytest.raises(ConfigError, match=r"belong to another config \(note: '', now 'other'\)"):
+        run(toy(tmp_path / "halves", steps=6, note="other"))
+    tensorboard = tmp_path / "halves" / "tensorboard"
+    assert sorted(path.parent.name for path in tensorboard.glob("from-*/events*")) == ["from-00000000", "from-00000002"]
+    assert (tensorboard / "config.yaml").read_text() == "note: "
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_one_that_failed_beside_others_is_run_again_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = {
+        name: toy(tmp_path / name, steps=4, every=2, faults=faults, name=name)
+        for name, faults in {"sound": (), "weak": ((3, "worker"),)}.items()
+    }
+    patient = {name: replace(stage, training=replace(stage.training, max_failures=0)) for name, stage in stages.items()}
+    sound, weak = fit_all(patient, Store.open(tmp_path / "runs"), 2)
+    assert sound == weak
+    assert [len(losses_of(tmp_path / name)) for name in stages] == [1, 2], "the sound one is not run again"
+    assert "[weak] failed beside the others: once more alone" in capsys.readouterr().out

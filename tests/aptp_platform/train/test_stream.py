@@ -1,0 +1,111 @@
+"""The order of the rows: an epoch is a permutation, a later start is a suffix, ranks share each batch out."""
+
+from collections import Counter
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from aptp_platform.config import ConfigError
+from aptp_platform.data.encoded import encoded_table, write_part
+from aptp_platform.storage.store import Store
+from aptp_platform.train.stream import Stream, latent_size, parts_by_code, parts_of
+
+ROWS, PARTS, CAPTIONS = 7, 3, 2
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> Store:
+    """Three files of seven rows; a row's latents, and its captions' embeddings, tell which it is."""
+    store = Store.open(tmp_path / "encoded")
+    for part in range(PARTS):
+        numbers = [part * ROWS + row for row in range(ROWS)]
+        table = encoded_table(
+            numbers,
+            [f"key{number}" for number in numbers],
+            np.stack([np.full((4, 2, 2), number, np.float16) for number in numbers]),
+            [[f"{number}/{caption}" for caption in range(CAPTIONS)] for number in numbers],
+            [np.array([[number, caption] for caption in range(CAPTIONS)], np.float16) for number in numbers],
+            ["{}"] * ROWS,
+        )
+        write_part(store, f"part-{part:05d}.parquet", table)
+    return store
+
+
+@pytest.fixture
+def assigned(tmp_path: Path) -> Store:
+    """Caption c of row n belongs to code (n + c) modulo 3."""
+    store = Store.open(tmp_path / "assigned")
+    for part in range(PARTS):
+        numbers = [part * ROWS + row for row in range(ROWS)]
+        codes = [[(number + caption) % 3 for caption in range(CAPTIONS)] for number in numbers]
+        write_part(store, f"part-{part:05d}.parquet", pa.table({"key": [f"key{n}" for n in numbers], "codes": codes}))
+    return store
+
+
+def captions_of(stream: Stream, start: int, stop: int, rank: int = 0, ranks: int = 1, size: int = 3) -> list[list[str]]:
+    batches = list(stream.batches(size, start, stop, rank, ranks))
+    for batch in batches:  # the caption, its embedding and the image speak of the same row
+        for caption, embedding, latents in zip(batch["captions"], batch["embeddings"], batch["latents"], strict=True):
+            assert caption == f"{embedding[0]:.0f}/{embedding[1]:.0f}"
+            assert (latents == embedding[0]).all()
+    return [batch["captions"].tolist() for batch in batches]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_epoch_is_every_row_once_and_the_next_is_in_another_order_with_other_captions(encoded: Store) -> None:
+    stream = Stream(encoded, parts_of(encoded), seed=1)
+    batches = captions_of(stream, 0, 14)
+    flat = [caption for batch in batches for caption in batch]
+    first, second = ([caption.split("/") for caption in half] for half in (flat[:21], flat[21:]))
+    for epoch in (first, second):
+        assert sorted(int(number) for number, _ in epoch) == list(range(21))
+        assert [number for number, _ in epoch] != sorted(number for number, _ in epoch)
+    assert [number for number, _ in first] != [number for number, _ in second]
+    assert {tuple(row) for row in first}.isdisjoint(tuple(row) for row in second)
+    assert captions_of(stream, 5, 14) == batches[5:], "a start is a suffix"
+    assert captions_of(stream, 9, 9) == []
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_any_number_of_ranks_trains_on_the_same_rows(encoded: Store) -> None:
+    stream = Stream(encoded, parts_of(encoded), seed=1, window_rows=12)
+    alone = captions_of(stream, 0, 21, size=4)
+    rows = Counter(caption.split("/")[0] for caption in chain(*alone))
+    assert set(rows.values()) == {4}, "four epochs in windows that end where no epoch does"
+    for ranks in (2, 4):
+        shares = [captions_of(stream, 4, 9, rank, ranks, size=4) for rank in range(ranks)]
+        assert [sorted(chain(*batch)) for batch in zip(*shares, strict=True)] == [sorted(row) for row in alone[4:9]]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_ranks_that_no_lanes_suit_share_the_rows_out_too(encoded: Store) -> None:
+    stream = Stream(encoded, parts_of(encoded), seed=1)
+    ranks = [captions_of(stream, 0, 7, rank, 3, size=3) for rank in range(3)]
+    assert {len(batch) for batches in ranks for batch in batches} == {1}
+    numbers = [caption.split("/")[0] for batches in ranks for caption in chain(*batches)]
+    assert len(set(numbers)) == len(numbers) == ROWS * PARTS
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_code_s_stream_has_its_captions_only(encoded: Store, assigned: Store) -> None:
+    for code, parts in enumerate(parts_by_code(assigned, 3)):
+        assert sum(part.rows for part in parts) == 14
+        stream = Stream(encoded, parts, seed=0, assigned=assigned, code=code)
+        flat = list(chain(*captions_of(stream, 0, 7, size=2)))
+        assert len({caption.split("/")[0] for caption in flat}) == 14
+        assert {sum(map(int, caption.split("/"))) % 3 for caption in flat} == {code}
+    with pytest.raises(ConfigError, match="no row of code 3"):
+        Stream(encoded, parts_by_code(assigned, 4)[3], seed=0, assigned=assigned, code=3)
+
+
+def test_what_a_stage_asks_before_it_starts(encoded: Store) -> None:
+    stream = Stream(encoded, parts_of(encoded), seed=0)
+    assert latent_size(encoded) == (2, 2)
+    assert stream.num_captions() == ROWS * PARTS * CAPTIONS
+    some = stream.embeddings(5)[:, 0].tolist()
+    assert len(some) == 5
+    assert {later - earlier for earlier, later in pairwise(some)} == {4}, "evenly taken"
+    assert len(stream.embeddings(1000)) == ROWS * PARTS

@@ -1,0 +1,96 @@
+"""Both training stages on real worker groups, and what is refused before one starts."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aptp.expert import load_expert, read_expert_info
+from aptp.router import Router
+from aptp_platform.config import ConfigError, RunConfig, StorageConfig
+from aptp_platform.experts.assign import assign
+from aptp_platform.experts.cut import cut
+from aptp_platform.storage.store import Store
+from aptp_platform.train.stream import Stream, parts_of
+from aptp_platform.train.trainer import check_group, check_shape, finetune, prune
+from tests.support.fault_proxy import FAULTS, FaultProxy
+from tests.support.s3_server import S3Server
+from tests.support.tiny_run import ROWS, tiny_run
+
+
+@pytest.fixture(scope="module")
+def pruned(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+    """A run of two workers, pruned undisturbed, and its summary."""
+    config = tiny_run(tmp_path_factory.mktemp("pruned"), workers=2)
+    config = replace(config, finetune=replace(config.finetune, workers=1), cut=replace(config.cut, baselines=()))
+    return config, prune(config)
+
+
+def test_a_bucket_that_fails_now_and_then_changes_nothing(
+    pruned: tuple[RunConfig, dict[str, Any]], fault_proxy: FaultProxy
+) -> None:
+    config, summary = pruned
+    bucket = S3Server(fault_proxy.endpoint).bucket("disturbed")
+    remote = replace(config, root=f"{bucket}/run", storage=StorageConfig(endpoint=fault_proxy.endpoint, timeout_s=1.0))
+    root = Store.open(remote.root, remote.storage)
+    root.publish(Path(config.root) / "encoded", "encoded")
+    fault_proxy.every = 5
+    assert prune(remote) == summary
+    assert all(fault_proxy.hits[fault] > 1 for fault in FAULTS), fault_proxy.hits
+    fault_proxy.every = 0
+    for name in ("router.safetensors", "router.json"):
+        with root.join("pruned", "router").open_file(name) as stream:
+            assert stream.read() == Path(config.root, "pruned", "router", name).read_bytes()
+
+
+def test_the_stages_learn_and_publish(pruned: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, summary = pruned
+    root = Path(config.root)
+
+    router = Router.load(root / "pruned" / "router")
+    assert summary["MACs ratio"] == pytest.approx(config.router.budget, rel=0.011)
+    assert router.num_codes == 2
+    assert all(share > 0 for share in summary["usage"])
+
+    assign(config)
+    assert cut(config)["networks"] == 2
+    finetune(config)
+    for name in ("00", "01"):
+        before, after = load_expert(root / "cut" / name), load_expert(root / "finetuned" / name)
+        assert read_expert_info(root / "cut" / name) == read_expert_info(root / "finetuned" / name)
+        moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+        assert all(moved), f"{sum(moved)} of {len(moved)} parameters of {name} were trained"
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("router", "training", "line"),
+    [
+        ({"num_codes": 97}, {}, "router.num_codes: 97: there are only 96 prompts"),
+        ({"budget": 0.05}, {}, r"router.budget: 0.05: this UNet cannot be pruned below 0\.\d+ of its MACs"),
+        (
+            {},
+            {"workers": 99},
+            "prune.workers: 99: with prune.cpus_per_worker 0.5 they need 49.5 CPU and 0.05 for the tasks that feed",
+        ),
+        (
+            {},
+            {"gpus_per_worker": 1.0},
+            "prune.workers: 1: with prune.gpus_per_worker 1 they need 1 GPU, the cluster has",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_it_starts(
+    router: dict[str, Any], training: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    config = tiny_run(tmp_path)
+    config = replace(config, router=replace(config.router, **router), prune=replace(config.prune, **training))
+    encoded = Store.open(config.root).join("encoded", "train")
+    with pytest.raises(ConfigError, match=f"^{line}[^\n]*$"):
+        prune(config)
+    assert not Path(config.root, "pruned").exists()
+    fine = tiny_run(tmp_path / "fine", num_codes=2 * 2 * ROWS)
+    check_group(fine.prune, "prune", fine.encode)
+    check_shape(fine, Stream(encoded, parts_of(encoded), 0))

@@ -1,0 +1,42 @@
+"""A toy trained by two workers on two machines of a small cluster, in a process of its own: its nodes are killed.
+
+Run as a script: `two_nodes.py <folder>` prints the summary of the run as JSON.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+import ray.cloudpickle
+from ray.cluster_utils import Cluster
+
+from aptp_platform.storage.store import Store
+from aptp_platform.train.trainer import fit
+from tests.support import toy_stage
+from tests.support.toy_stage import toy
+
+NODES = 4  # two are used, two are spare
+STEPS, EVERY = 90, 20
+# One node goes without a word; another is told that it will go, and a little later does.
+FAULTS = ((25, "node"), (44, "notice"), (75, "node"))
+
+
+def main(folder: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000})
+    for _ in range(NODES):
+        cluster.add_node(wait=False, num_cpus=1, object_store_memory=80_000_000)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+    ray.cloudpickle.register_pickle_by_value(toy_stage)
+    stage = toy(folder, steps=STEPS, every=EVERY, workers=2, faults=FAULTS, pause=0.1)
+    stage = replace(stage, training=replace(stage.training, cpus_per_worker=1.0))
+    print(json.dumps(fit(stage, Store.open(folder), "run")))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
