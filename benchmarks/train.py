@@ -193,8 +193,10 @@ def bench_config(bucket: str, storage: StorageConfig, steps: int) -> RunConfig:
             },
             "router": {"num_codes": 4, "budget": 0.65},
             "encode": {"batch_size": 64, "readers": 1, "actors": 1},
-            "pruning": {"warmup_steps": 0},
-            "prune": {"steps": steps, "batch_size": BATCH, "checkpoint_every": steps, "warmup_steps": 10},
+            "prune": {
+                "run": {"steps": steps, "batch_size": BATCH, "checkpoint_every": steps, "warmup_steps": 10},
+                "objective": {"warmup_steps": 0},
+            },
         }
     )
 
@@ -318,10 +320,10 @@ def measure_workers(config: RunConfig) -> tuple[float, dict[str, list[float]]]:
     stream, told = TimedStream(encoded, parts_of(encoded), 0), {}
     cases: tuple[tuple[int, Literal[1, 3]], ...] = ((1, 1), (2, 1), (2, 3))
     for workers, zero_stage in cases:
-        engine = replace(config.prune.engine, zero_stage=zero_stage)
-        few = replace(config.prune, steps=10, checkpoint_every=10, workers=workers, engine=engine)
+        engine = replace(config.prune.run.engine, zero_stage=zero_stage)
+        few = replace(config.prune.run, steps=10, checkpoint_every=10, workers=workers, engine=engine)
         name = f"{workers} workers, ZeRO {zero_stage}"
-        stage = Timed(PruneStage(replace(config, prune=few), stream))
+        stage = Timed(PruneStage(replace(config, prune=replace(config.prune, run=few)), stream))
         told[name] = fit(stage, Store.open(config.root, config.storage).join("bench"), name.replace(" ", "-"))["told"]
     (alone, *others) = told.values()
     pairs = [pair for other in others for pair in zip(other, alone, strict=True)]

@@ -17,7 +17,7 @@ LIBRARY = [
     "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
-    "": ["storage", "config", "models", "run", "data", "train", "experts", "serve"],
+    "": ["storage", "unknown_keys", "config", "models", "run", "data", "train", "experts", "serve"],
     "storage": ["errors", "store", "lease"],
     "run": ["layout", "progress", "resources", "path", "job", "cluster"],
     "data": ["sample", "formats", "captions", "encoded", "encode"],
@@ -34,7 +34,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     ],
     "serve/http": ["static", "keys", "openai", "streams", "metrics", "ingress"],
 }  # fmt: skip
-SERVING_NEEDS = {"config", "storage", "serve"}  # no training
+SERVING_NEEDS = {"storage", "unknown_keys", "serve"}  # no training
 FORBIDDEN_IN_LIBRARY = {"ray", "deepspeed", "yaml", "fastapi", "httpx", "s3fs", "fsspec", "pyarrow", "aptp_platform"}
 HOMES = {  # where a dependency may be imported, as path prefixes below platform/aptp_platform
     "deepspeed": ("train/engine.py",),

@@ -42,10 +42,9 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Run
             "model": {"pipeline": str(folder / "model")},
             "router": {"num_codes": 2, "budget": 0.7},
             "encode": {"batch_size": 16},
-            "pruning": {"warmup_steps": 1},
-            "prune": TRAINING,
+            "prune": {"run": TRAINING, "objective": {"warmup_steps": 1}},
             "samples": {"prompts": ["a cat", "a red car"], "inference_steps": 2},
-            "finetune": TRAINING,
+            "finetune": {"run": TRAINING},
             "evaluate": {"images": 16, "generated": 4, "inference_steps": 2, "timesteps": [500], "batch_size": 8},
         }
     )

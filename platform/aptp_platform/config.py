@@ -1,29 +1,36 @@
 """A run as one tree of frozen dataclasses: YAML states what differs, unknown keys fail, the whole tree prints back.
 
-The library's own configs (`aptp.PruningConfig`, `aptp.FinetuningConfig`) stand in the tree as they are.
+The library's objectives (`aptp.PruningConfig`, `aptp.FinetuningConfig`) stand in the tree as they are. The sections of
+the router and the space repeat fields of the library, because every reading task imports this file and needs no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import reprlib
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import yaml
+from pydantic import Field
 
 from aptp.objectives import FinetuningConfig, PruningConfig
 from aptp_platform.storage.store import StorageConfig as StorageConfig
 from aptp_platform.storage.store import Store
+from aptp_platform.unknown_keys import unknown_key
 
-# Fields of a library's config that another section says: named in the error, left out of the printed tree.
-SAID_ELSEWHERE = {"pruning.budget": "router.budget"}
+# Fields of a library's config that another field of the tree sets: not accepted from YAML, not printed.
+SET_BY = {"prune.objective.budget": "router.budget"}
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Amount = Annotated[float, Field(ge=0)]
 
 
 class ConfigError(ValueError):
@@ -37,9 +44,9 @@ class DataConfig:
     source: str = ""  # a folder: s3://bucket/prefix, gs://..., file:///... or a path
     train: str = "train-*"  # glob of the training files' names in it; their ending says the format
     heldout: str = "test_*"  # glob of the files that only evaluation sees
-    image_size: int = 512
-    max_captions: int | None = None  # of an image, the first ones; unset: all
-    max_bad_share: float = 0.01  # more bad rows than this of all rows, or bad files of all files, fail the job
+    image_size: Annotated[int, Field(gt=0, multiple_of=8)] = 512
+    max_captions: Count | None = None  # of an image, the first ones; unset: all
+    max_bad_share: Share = 0.01  # more bad rows than this of all rows, or bad files of all files, fail the job
 
 
 @dataclass(frozen=True)
@@ -56,14 +63,14 @@ class ModelConfig:
 class EncodeConfig:
     """Images to latents and captions to sentence embeddings, by Ray Data."""
 
-    batch_size: int = 32
-    readers: int = 4  # tasks that read and decode at the same time
-    actors: int = 1  # holders of the models
-    cpus_per_actor: float = 0.5
-    gpus_per_actor: float = 0.0
-    rows_per_file: int = 2048
-    files_per_wave: int = 256  # source files: an interrupted job goes on behind the last wave that was finished
-    cache_latents: bool = True  # false: no latents are stored, each training worker has such actors in front of it
+    batch_size: Count = 32
+    readers: Count = 4  # tasks that read and decode at the same time
+    actors: Count = 1  # holders of the models
+    cpus_per_actor: Positive = 0.5
+    gpus_per_actor: Amount = 0.0
+    rows_per_file: Count = 2048
+    files_per_wave: Count = 256  # source files: an interrupted job continues after its last finished wave
+    cache_latents: bool = True  # false: none are stored; actors beside each training worker encode its images
 
 
 @dataclass(frozen=True)
@@ -80,22 +87,42 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A training stage: how long, how fast, on what."""
+    """How a training runs: its length, batches, learning rate, workers and checkpoints."""
 
-    steps: int = 5000
-    batch_size: int = 64  # of all workers together, so that their number changes nothing but the speed
-    window_rows: int = 8192  # that are shuffled together: the workers' reading tasks hold them in memory
-    prefetch_bytes: int = 256_000_000  # of rows on their way to a worker, in the object store
-    learning_rate: float = 2e-4
-    warmup_steps: int = 100
+    steps: Count = 5000
+    batch_size: Count = 64  # of all workers together, so that their number changes nothing but the speed
+    window_rows: Count = 8192  # that are shuffled together: the workers' reading tasks hold them in memory
+    prefetch_bytes: Annotated[int, Field(ge=64_000_000)] = 256_000_000  # of rows in the object store
+    learning_rate: Positive = 2e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: float = 0.0
-    workers: int = 1
-    cpus_per_worker: float = 0.5
-    gpus_per_worker: float = 0.0
-    max_failures: int = 2
-    checkpoint_every: int = 500
-    checkpoints_kept: int = 2  # those with the lowest loss; the newest is kept beside them
+    workers: Count = 1
+    cpus_per_worker: Amount = 0.5
+    gpus_per_worker: Amount = 0.0
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    checkpoint_every: Count = 500
+    checkpoints_kept: Count = 2  # those with the lowest loss; the newest is kept beside them
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of workers, {self.workers}")
+
+
+@dataclass(frozen=True)
+class PruneSection:
+    """Stage 1: how the training runs, and what it minimises."""
+
+    run: TrainingConfig = field(default_factory=TrainingConfig)
+    objective: PruningConfig = field(default_factory=PruningConfig)
+
+
+@dataclass(frozen=True)
+class FinetuneSection:
+    """Stage 2: how the training of each network runs, and what it minimises."""
+
+    run: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=30_000, learning_rate=1e-5))
+    objective: FinetuningConfig = field(default_factory=FinetuningConfig)
 
 
 @dataclass(frozen=True)
@@ -108,18 +135,50 @@ class SamplesConfig:
 
 
 @dataclass(frozen=True)
-class RouterShape:
-    """The router: how many codes, under which budget."""
+class RelaxationSection:
+    """Fields of `aptp.relax.Relaxation`."""
 
-    num_codes: int = 8
-    budget: float = 0.6  # mean MACs ratio over the prompts as routed, at the resolution that is served
+    temperature: Positive = 0.4
+    offset: float = 3.0
+
+
+@dataclass(frozen=True)
+class RouterSection:
+    """The compute budget, and the fields of `aptp.RouterConfig` but for the width of the prompt encoder."""
+
+    num_codes: Count = 8
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.6  # mean MACs ratio over the prompts as routed, at served size
+    relaxation: RelaxationSection = field(default_factory=RelaxationSection)
+    initial_logit: float = -2.0
+    initial_spread: Positive = 0.2
+    initial_depth: float = 2.0
+    normalise: bool = True
+    features: Literal["soft", "mixed"] = "soft"
+
+
+@dataclass(frozen=True)
+class GranuleSection:
+    """Fields of `aptp.Granule`: how many norm groups, heads and feed-forward channels make one unit."""
+
+    groups: Count = 1
+    heads: Count = 1
+    hidden: Count | None = None
+
+
+@dataclass(frozen=True)
+class SpaceSection:
+    """What may be pruned: the arguments of `aptp.read_space`."""
+
+    granule: GranuleSection = field(default_factory=GranuleSection)
+    depth: Literal["last", "every", "none"] = "last"
+    order: Literal["outermost_first", "any_order"] = "outermost_first"  # in which depth sites are dropped
 
 
 @dataclass(frozen=True)
 class AssignConfig:
     """From prompts to codes."""
 
-    min_prompts: int = 1  # a code with fewer training prompts fails the job, or its prompts go to the nearest codes
+    min_prompts: Count = 1  # a code with fewer training prompts fails the job, or its prompts go to the nearest codes
     if_fewer: Literal["fail", "merge"] = "fail"
 
 
@@ -134,14 +193,14 @@ class CutConfig:
 class EvaluateConfig:
     """What is measured on the held-out captioned images."""
 
-    images: int = 512  # at most; the paired denoising loss
+    images: Count = 512  # at most; the paired denoising loss
     timesteps: tuple[int, ...] = (100, 400, 700)
-    generated: int = 256  # images generated an arm, for the image metric
-    inference_steps: int = 25
+    generated: Annotated[int, Field(ge=0)] = 256  # images generated per arm, for the image metric
+    inference_steps: Count = 25
     guidance_scale: float = 7.5
-    batch_size: int = 16
-    cpus_per_network: float = 1.0  # each network is scored by a task of its own
-    gpus_per_network: float = 0.0
+    batch_size: Count = 16
+    cpus_per_network: Positive = 1.0  # each network is scored by a task of its own
+    gpus_per_network: Amount = 0.0
 
 
 @dataclass(frozen=True)
@@ -158,20 +217,21 @@ class TuneConfig:
 class RunConfig:
     """Everything that a run depends on."""
 
+    __pydantic_config__: ClassVar = pydantic.ConfigDict(extra="forbid")  # the sections below inherit it
+
     root: str = "runs/default"  # a path or a URI; each stage has its folder in it
     seed: int = 0
     storage: StorageConfig = field(default_factory=StorageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    router: RouterShape = field(default_factory=RouterShape)
+    router: RouterSection = field(default_factory=RouterSection)
+    space: SpaceSection = field(default_factory=SpaceSection)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
-    pruning: PruningConfig = field(default_factory=PruningConfig)
-    prune: TrainingConfig = field(default_factory=TrainingConfig)
+    prune: PruneSection = field(default_factory=PruneSection)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     assign: AssignConfig = field(default_factory=AssignConfig)
     cut: CutConfig = field(default_factory=CutConfig)
-    finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
-    finetune: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=30_000, learning_rate=1e-5))
+    finetune: FinetuneSection = field(default_factory=FinetuneSection)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
 
@@ -217,16 +277,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(tree: dict[str, Any]) -> RunConfig:
-    """A `RunConfig` from plain data; raises `ConfigError` as `load_config` does."""
-    _refuse_unknown(RunConfig, tree, "")
-    tree = {name: value for name, value in tree.items() if value is not None}  # a section may be empty
+    """A `RunConfig` from plain data over the defaults; raises `ConfigError` as `load_config` does."""
+    for name, setter in SET_BY.items():
+        *sections, leaf = name.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict) and leaf in node:
+            raise ConfigError(f"{name}: unknown key; {setter} sets it")
     try:
-        config = pydantic.TypeAdapter(RunConfig).validate_python(tree)
+        config = _adapter(RunConfig).validate_python(_merged(to_tree(RunConfig()), tree))
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        value = "" if first["loc"][:1] == ("storage",) else f" {reprlib.repr(first['input'])}:"  # may be a secret
-        raise ConfigError(f"{where}:{value} {first['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(_first_of(error)) from None
     _check(config)
     return config
 
@@ -238,10 +300,14 @@ def dump_config(config: RunConfig) -> str:
 
 def to_tree(config: Any) -> Any:
     """A config or one section of it as plain data."""
-    tree = pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
-    for field_name in SAID_ELSEWHERE if isinstance(config, RunConfig) else ():
-        section, _, name = field_name.partition(".")
-        del tree[section][name]
+    kind: Any = type(config)
+    tree = _adapter(kind).dump_python(config, mode="json")
+    for name in SET_BY if isinstance(config, RunConfig) else ():
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        del node[leaf]
     return tree
 
 
@@ -253,66 +319,50 @@ def places(config: RunConfig) -> dict[str, str]:
     return {field: place for field, place in named.items() if place and not place.startswith("package:")}
 
 
+@cache
+def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
+    """Cached, because building one takes much longer than using it."""
+    return pydantic.TypeAdapter(kind)
+
+
+def _merged(base: Any, change: Any) -> Any:
+    """Plain data with the values of other plain data in their places; an empty section changes nothing."""
+    if not isinstance(base, dict):
+        return change
+    if change is None:
+        return base
+    if not isinstance(change, dict):
+        return change
+    return {**base, **{key: _merged(base.get(key), value) for key, value in change.items()}}
+
+
+def _first_of(error: pydantic.ValidationError) -> str:
+    """What pydantic found first, as one line: the field, the value, the rule."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "unexpected_keyword_argument":
+        section: Any = RunConfig
+        for name in first["loc"][:-1]:
+            section = typing.get_type_hints(section)[str(name)]
+        known = [each.name for each in dataclasses.fields(section)]
+        prefix = where.rpartition(".")[0]
+        return unknown_key(where, [name for name in known if f"{prefix}.{name}" not in SET_BY])
+    rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+    if first["loc"][0] == "storage" or first["type"] == "value_error":  # it may be a secret; it is a whole section
+        return f"{where}: {rule}"
+    return f"{where}: {reprlib.repr(first['input'])}: {rule}"
+
+
 def _check(config: RunConfig) -> None:
-    """Rules within and across sections."""
-    shape, data, model = config.router, config.data, config.model
+    """Rules that a type cannot say."""
     endpoint = config.storage.endpoint
     if endpoint is not None and ("@" in endpoint or not endpoint.startswith(("http://", "https://"))):
         raise ConfigError("storage.endpoint: must be http://host:port or https://host, with no user or password in it")
+    for where, place in (("data.source", config.data.source), ("model.pipeline", config.model.pipeline)):
+        if not place:
+            raise ConfigError(f"{where}: '': must name a folder: a path, file:// or s3:// URI")
     for where, place in places(config).items():
         try:
             Store.open(place)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
-    _rule(config.storage.attempts >= 1, "storage.attempts", config.storage.attempts, "at least 1")
-    _rule(config.storage.timeout_s > 0, "storage.timeout_s", config.storage.timeout_s, "above 0")
-    _rule(shape.num_codes >= 1, "router.num_codes", shape.num_codes, "at least 1")
-    _rule(0 < shape.budget <= 1, "router.budget", shape.budget, "a share of the full model's MACs in (0, 1]")
-    _rule(bool(data.source), "data.source", data.source, "a folder of shards: a path, file:// or s3:// URI")
-    _rule(bool(model.pipeline), "model.pipeline", model.pipeline, "a diffusers folder: a path or a URI")
-    _rule(0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "a share in [0, 1]")
-    _rule(data.image_size > 0 == data.image_size % 8, "data.image_size", data.image_size, "a multiple of 8")
-    _rule(data.max_captions is None or data.max_captions >= 1, "data.max_captions", data.max_captions, "at least 1")
-    for rule in ("batch_size", "readers", "actors", "rows_per_file", "files_per_wave"):
-        _rule(getattr(config.encode, rule) >= 1, f"encode.{rule}", getattr(config.encode, rule), "at least 1")
-    least = config.assign.min_prompts
-    _rule(least >= 1, "assign.min_prompts", least, "at least 1: an expert needs something to learn from")
-    _rule(config.encode.cpus_per_actor > 0, "encode.cpus_per_actor", config.encode.cpus_per_actor, "above 0")
-    _rule(
-        config.evaluate.cpus_per_network > 0, "evaluate.cpus_per_network", config.evaluate.cpus_per_network, "above 0"
-    )
-    for name in ("prune", "finetune"):
-        stage: TrainingConfig = getattr(config, name)
-        for rule in ("steps", "batch_size", "workers", "window_rows", "checkpoint_every", "checkpoints_kept"):
-            _rule(getattr(stage, rule) >= 1, f"{name}.{rule}", getattr(stage, rule), "at least 1")
-        shared = stage.batch_size % stage.workers == 0
-        _rule(shared, f"{name}.batch_size", stage.batch_size, f"a multiple of {name}.workers, {stage.workers}")
-        least = 64_000_000  # a few blocks
-        _rule(stage.prefetch_bytes >= least, f"{name}.prefetch_bytes", stage.prefetch_bytes, f"at least {least}")
-        _rule(stage.learning_rate > 0, f"{name}.learning_rate", stage.learning_rate, "above 0")
-
-
-def _rule(holds: bool, where: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{where}: {value!r}: must be {rule}")
-
-
-def _refuse_unknown(cls: type, tree: Any, where: str) -> None:
-    if not isinstance(tree, dict):
-        return  # pydantic names the wrong type
-    hints = typing.get_type_hints(cls)
-    fields = [each.name for each in dataclasses.fields(cls) if f"{where}{each.name}" not in SAID_ELSEWHERE]
-    for key, value in tree.items():
-        dotted = f"{where}{key}"
-        if dotted in SAID_ELSEWHERE:
-            raise ConfigError(f"{dotted}: unknown key; it is said by {SAID_ELSEWHERE[dotted]}")
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise ConfigError(f"{dotted}: unknown key; did you mean {where}{near[0]}? Known: {', '.join(fields)}")
-        for inner in _dataclasses_in(hints[key]):
-            _refuse_unknown(inner, value, f"{dotted}.")
-
-
-def _dataclasses_in(hint: Any) -> list[type]:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]

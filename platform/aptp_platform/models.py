@@ -14,7 +14,9 @@ import diffusers
 import torch
 import transformers
 
-from aptp_platform.config import ModelConfig, StorageConfig
+from aptp.codes import PruningSpace
+from aptp.sites import Granule, any_order, outermost_first, read_space
+from aptp_platform.config import ModelConfig, SpaceSection, StorageConfig
 from aptp_platform.storage.store import Store
 
 PACKAGE = "package:"
@@ -105,6 +107,17 @@ def load_pipeline_parts(config: ModelConfig, storage: StorageConfig) -> Parts:
 def load_vae(config: ModelConfig, storage: StorageConfig) -> diffusers.AutoencoderKL:
     """The pipeline's autoencoder alone, as `load_pipeline_parts` loads it."""
     return _load(diffusers.AutoencoderKL, fetch_model(config.pipeline, storage), "vae", config)
+
+
+def pruning_space(unet: torch.nn.Module, section: SpaceSection) -> PruningSpace:
+    """What a run may prune of a network.
+
+    Raises:
+        ValueError: the granule does not divide a layer, or the network is of a class that is not known.
+    """
+    order = {"outermost_first": outermost_first, "any_order": any_order}[section.order]
+    granule = Granule(section.granule.groups, section.granule.heads, section.granule.hidden)
+    return read_space(unet, granule=granule, depth=section.depth, depth_order=order)
 
 
 def _load_text_encoder(config: ModelConfig, storage: StorageConfig, folder: Path) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """A sweep over (number of codes, budget) by Ray Tune: each trial prunes, assigns, cuts and scores in its own folder.
 
 The encoded rows are made once and shared. A trial's score is what its experts lose on held-out prompts, as its own
-router sends them (`scoring.py`): trials differ by nothing else.
+router sends them (`score.py`): trials differ by nothing else.
 """
 
 import time
@@ -53,7 +53,7 @@ def tune(config: RunConfig) -> dict[str, Any]:
     root = Store.open(config.root, config.storage)
     root.join("encoded", "train").require("*.parquet", "root, or run the encode job first")
     root.join("encoded", "heldout").require("*.parquet", "data.heldout, or run the encode job first")
-    check_group(config.prune, "prune", config.encode)
+    check_group(config.prune.run, "prune.run", config.encode)
     pairs = list(product(config.tune.num_codes, config.tune.budgets))
     chosen = np.random.default_rng(config.seed).permutation(len(pairs))[: config.tune.trials]
     trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, config=config), TRIAL_RESOURCES)

@@ -37,10 +37,10 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("encode", "encoded", ("data", "model", "encode"), (), "data.encode:encode", ("data", "model")),
-        Stage("prune", "pruned", ("seed", "router", "pruning", "prune"), ("encode",), "train.trainer:prune"),
+        Stage("prune", "pruned", ("seed", "router", "space", "prune"), ("encode",), "train.trainer:prune"),
         Stage("assign", "assigned", ("assign",), ("encode", "prune"), "experts.assign:assign"),
         Stage("cut", "cut", ("cut",), ("assign",), "experts.cut:cut"),
-        Stage("finetune", "finetuned", ("finetuning", "finetune"), ("encode", "cut"), "train.trainer:finetune"),
+        Stage("finetune", "finetuned", ("finetune",), ("encode", "cut"), "train.trainer:finetune"),
         Stage("evaluate", "evaluated", ("evaluate",), ("encode", "finetune"), "experts.evaluate:evaluate"),
         Stage("publish", "release", (), ("finetune", "evaluate"), "experts.publish:publish"),
     )

@@ -5,12 +5,12 @@ Ray's own `AutoscalingConfig` ignores keys that it does not know, hence a schema
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from aptp_platform.storage.store import StorageConfig
+from aptp_platform.unknown_keys import unknown_key
 
 
 class _Section(BaseModel):
@@ -21,9 +21,7 @@ class _Section(BaseModel):
     def _name_unknown_keys(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.0)
-                known = ", ".join(cls.model_fields)
-                raise ValueError(f"{key}: unknown key; did you mean {near[0]}? Known: {known}")
+                raise ValueError(unknown_key(str(key), cls.model_fields))
         return data
 
 
@@ -70,8 +68,8 @@ class ExpertArgs(_Section):
     turns: int | None = Field(
         default=None,
         ge=1,
-        description="replicas of a device (a node's CPUs, one GPU) that compute a step at once, first the one whose "
-        "request is furthest behind; unset: all, and each is slower for it",
+        description="max replicas per device (a node's CPUs, one GPU) that run a denoising step concurrently; the "
+        "longest-waiting request goes first; unset: no limit",
     )
     max_waiting: int = Field(default=8, ge=0, description="requests a replica holds ready to join the batch")
     max_queued_requests: int = Field(default=64, ge=1, description="more that wait for a replica get a 429")
@@ -202,7 +200,7 @@ class ServeArgs(_Section):
 
     def expert(self, index: int) -> ExpertArgs:
         """The settings of one code: `experts`, with what `codes` says of it laid over."""
-        return ExpertArgs.model_validate(_laid_over(self.experts.model_dump(), self.codes.get(index, {})))
+        return ExpertArgs.model_validate(_merge(self.experts.model_dump(), self.codes.get(index, {})))
 
     @property
     def teacher_args(self) -> ExpertArgs | None:
@@ -212,9 +210,9 @@ class ServeArgs(_Section):
         return self.experts if self.teacher else None
 
 
-def _laid_over(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         inner = merged.get(key)
-        merged[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged

@@ -20,12 +20,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import fsspec
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+from pydantic import Field
 
 from aptp_platform.storage.errors import GuardedFile
 
@@ -43,8 +44,10 @@ class StorageConfig:
     region: str | None = None
     profile: str | None = None
     anonymous: bool = False
-    timeout_s: float = 15.0  # without a byte of an answer, a request has failed
-    attempts: int = 10  # at a request, with pauses that grow to 20 s: a bucket may be away for a minute or two
+    timeout_s: Annotated[float, Field(gt=0)] = 15.0  # without a byte of an answer, a request has failed
+    attempts: Annotated[int, Field(ge=1)] = (
+        10  # per request, with pauses that grow to 20 s: enough for a minute of outage
+    )
 
 
 class StoreError(ValueError):

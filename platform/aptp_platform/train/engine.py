@@ -29,7 +29,7 @@ deepspeed.ops.__compatible_ops__ = {}
 
 
 def check_engine(training: TrainingConfig, where: str) -> None:
-    """ConfigError for settings that exclude each other; `where` is the section, such as "prune"."""
+    """ConfigError for settings that exclude each other; `where` is the section, such as "prune.run"."""
     engine = training.engine
     if engine.offload and engine.zero_stage == 0:
         raise ConfigError(

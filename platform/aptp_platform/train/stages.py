@@ -21,9 +21,8 @@ from aptp.losses import LossTerms
 from aptp.prompts import PromptEncoder
 from aptp.pruning import PruningStage
 from aptp.router import Router, RouterConfig
-from aptp.sites import read_space
-from aptp_platform.config import RunConfig, TrainingConfig, dump_config, to_tree
-from aptp_platform.models import Parts, fetch_model, load_pipeline_parts
+from aptp_platform.config import RouterSection, RunConfig, TrainingConfig, dump_config, to_tree
+from aptp_platform.models import Parts, fetch_model, load_pipeline_parts, pruning_space
 from aptp_platform.storage.store import Store
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
@@ -43,7 +42,7 @@ class PruneStage:
 
     @property
     def training(self) -> TrainingConfig:
-        return self.config.prune
+        return self.config.prune.run
 
     @property
     def seed(self) -> int:
@@ -58,22 +57,26 @@ class PruneStage:
         return dump_config(self.config)
 
     def depends_on(self) -> Mapping[str, Any]:
-        return _depends_on(self.config, self.training, "model", "router", "pruning")
+        sections = {"prune": {"objective": to_tree(self.config.prune.objective), "run": _result_of(self.training)}}
+        return {**_common(self.config), **sections}
 
     def build(self, device: torch.device) -> Work:
         config, parts = self.config, load_pipeline_parts(self.config.model, self.config.storage)
         embeddings = self.stream.embeddings(CALIBRATION_PROMPTS)
-        space = read_space(parts.unet)
+        space = pruning_space(parts.unet, config.space)
         table = cost_table(
             parts.unet,
             space,
             latent_size=latent_size(self.stream.encoded),
             num_text_tokens=parts.tokenizer.model_max_length,
         )
-        shape = RouterConfig(config.router.num_codes, embeddings.shape[1])
-        router = Router(space, shape, generator=torch.Generator().manual_seed(config.seed))
+        router = Router(
+            space,
+            router_config(config.router, embeddings.shape[1]),
+            generator=torch.Generator().manual_seed(config.seed),
+        )
         router.centre_embeddings(embeddings)
-        objective = replace(config.pruning, budget=config.router.budget)
+        objective = replace(config.prune.objective, budget=config.router.budget)
         module = PruningStage(parts.unet, space, table, router, parts.scheduler, objective)
         compute_in(parts.unet, self.training.engine.precision)
         if self.training.engine.activation_checkpointing:
@@ -157,7 +160,7 @@ class FinetuneStage:
 
     @property
     def training(self) -> TrainingConfig:
-        return self.config.finetune
+        return self.config.finetune.run
 
     @property
     def seed(self) -> int:
@@ -172,7 +175,11 @@ class FinetuneStage:
         return dump_config(self.config)
 
     def depends_on(self) -> Mapping[str, Any]:
-        return _depends_on(self.config, self.training, "model", "router", "pruning", "finetuning")
+        sections = {
+            "prune": {"objective": to_tree(self.config.prune.objective)},
+            "finetune": {"objective": to_tree(self.config.finetune.objective), "run": _result_of(self.training)},
+        }
+        return {**_common(self.config), **sections}
 
     def build(self, device: torch.device) -> Work:
         parts = load_pipeline_parts(self.config.model, self.config.storage)
@@ -190,7 +197,7 @@ class FinetuneStage:
             expert,
             parts.unet,
             parts.scheduler,
-            self.config.finetuning,
+            self.config.finetune.objective,
             null_states=encode_texts(parts.tokenizer, parts.text_encoder, [""])[0],
         )
         for network in (expert, parts.unet):
@@ -245,8 +252,19 @@ def _batches(
         )
 
 
-def _depends_on(config: RunConfig, training: TrainingConfig, *sections: str) -> dict[str, Any]:
-    """Sections of the config, and of a training what changes its result: not how long, by how many, how often saved."""
+def router_config(section: RouterSection, embedding_dim: int) -> RouterConfig:
+    """The library's config of the router that a run asks for."""
+    tree = to_tree(section)
+    del tree["budget"]
+    return RouterConfig.from_json({**tree, "embedding_dim": embedding_dim})
+
+
+def _common(config: RunConfig) -> dict[str, Any]:
+    return {"seed": config.seed, **{name: to_tree(getattr(config, name)) for name in ("model", "router", "space")}}
+
+
+def _result_of(training: TrainingConfig) -> dict[str, Any]:
+    """The fields of a training that change its result: not how long, by how many workers, how often it is saved."""
     tree = to_tree(training)
     for name in (
         "steps", "prefetch_bytes", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_every",
@@ -255,4 +273,4 @@ def _depends_on(config: RunConfig, training: TrainingConfig, *sections: str) -> 
         del tree[name]
     for name in ("zero_stage", "offload", "activation_checkpointing"):
         del tree["engine"][name]
-    return {"seed": config.seed, **{name: to_tree(getattr(config, name)) for name in sections}, "training": tree}
+    return tree

@@ -20,10 +20,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from aptp.cost import cost_table
-from aptp.sites import read_space
 from aptp_platform.config import ConfigError, EncodeConfig, RunConfig, TrainingConfig
 from aptp_platform.data.captions import source_files
-from aptp_platform.models import check_pipeline
+from aptp_platform.models import check_pipeline, pruning_space
 from aptp_platform.run.layout import assigned_router
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
@@ -44,8 +43,8 @@ def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
     """
     root = Store.open(config.root, config.storage)
     encoded = encoded or root.join("encoded", "train")
-    check_group(config.prune, "prune", config.encode)
-    stream = _stream(config, encoded, config.prune)
+    check_group(config.prune.run, "prune.run", config.encode)
+    stream = _stream(config, encoded, config.prune.run)
     check_shape(config, stream)
     return fit(PruneStage(config, stream), root.join("pruned", "checkpoints"), "router")
 
@@ -54,15 +53,15 @@ def finetune(config: RunConfig) -> Summary:
     """Fine-tune every cut network, side by side as the cluster allows; publishes `finetuned/<network>/`."""
     root = Store.open(config.root, config.storage)
     encoded, assigned = root.join("encoded", "train"), root.join("assigned")
-    check_group(config.finetune, "finetune", config.encode)
-    everything = _stream(config, encoded, config.finetune)
+    check_group(config.finetune.run, "finetune.run", config.encode)
+    everything = _stream(config, encoded, config.finetune.run)
     streams = {
         f"{code:02d}": replace(everything, parts=parts, assigned=assigned, code=code)
         for code, parts in enumerate(parts_by_code(assigned, assigned_router(root).num_codes))
     }
     streams |= dict.fromkeys(config.cut.baselines, everything)
     stages = {network: FinetuneStage(config, stream, network) for network, stream in streams.items()}
-    at_once = _groups_at_once(config.finetune, config.encode)
+    at_once = _groups_at_once(config.finetune.run, config.encode)
     summaries = fit_all(stages, root.join("finetuned", "checkpoints"), at_once)
     return {"networks": len(summaries), "summaries": summaries}
 
@@ -135,7 +134,8 @@ def check_shape(config: RunConfig, stream: Stream) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
     tokens = config.model.num_text_tokens or 77
-    table = cost_table(unet, read_space(unet), latent_size=latent_size(stream.encoded), num_text_tokens=tokens)
+    space = pruning_space(unet, config.space)
+    table = cost_table(unet, space, latent_size=latent_size(stream.encoded), num_text_tokens=tokens)
     if budget < table.minimum:
         raise ConfigError(
             f"router.budget: {budget}: this UNet cannot be pruned below {table.minimum:.3f} of its MACs: set a budget "

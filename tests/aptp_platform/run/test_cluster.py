@@ -46,7 +46,7 @@ def test_ports() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--set", "prune.stepz=3"], "error: prune.stepz: unknown key; did you mean prune.steps?"),
+        (["--set", "prune.run.stepz=3"], "error: prune.run.stepz: unknown key; did you mean prune.run.steps?"),
         (["--config", "absent.yaml"], "error: config: absent.yaml does not exist"),
         (["--set", "router.budget=1.5"], "error: router.budget: 1.5: must be"),
     ],

@@ -52,18 +52,18 @@ def _check_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "gpus", "line"),
     [
-        ({"offload": True, "zero_stage": 0}, 1, "prune.engine.offload: true: needs a partitioned optimizer"),
-        ({"offload": True, "zero_stage": 2}, 0, "prune.engine.offload: true: moves the optimizer from the GPU"),
-        ({"gradient_accumulation": 0}, 0, "prune.engine.gradient_accumulation: 0"),
-        ({"gradient_clipping": -1.0}, 0, "prune.engine.gradient_clipping: -1.0"),
+        ({"offload": True, "zero_stage": 0}, 1, "prune.run.engine.offload: true: needs a partitioned optimizer"),
+        ({"offload": True, "zero_stage": 2}, 0, "prune.run.engine.offload: true: moves the optimizer from the GPU"),
+        ({"gradient_accumulation": 0}, 0, "prune.run.engine.gradient_accumulation: 0"),
+        ({"gradient_clipping": -1.0}, 0, "prune.run.engine.gradient_clipping: -1.0"),
     ],
 )
 def test_settings_that_exclude_each_other_are_one_line(engine: dict[str, Any], gpus: float, line: str) -> None:
     with pytest.raises(ConfigError) as error:
-        check_engine(TrainingConfig(gpus_per_worker=gpus, engine=EngineConfig(**engine)), "prune")
+        check_engine(TrainingConfig(gpus_per_worker=gpus, engine=EngineConfig(**engine)), "prune.run")
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
-    check_engine(TrainingConfig(gpus_per_worker=1, engine=EngineConfig(zero_stage=2, offload=True)), "prune")
+    check_engine(TrainingConfig(gpus_per_worker=1, engine=EngineConfig(zero_stage=2, offload=True)), "prune.run")
 
 
 def test_only_the_named_network_computes_in_half_precision() -> None:

@@ -24,7 +24,11 @@ from tests.support.tiny_run import ROWS, tiny_run
 def pruned(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
     """A run of two workers, pruned undisturbed, and its summary."""
     config = tiny_run(tmp_path_factory.mktemp("pruned"), workers=2)
-    config = replace(config, finetune=replace(config.finetune, workers=1), cut=replace(config.cut, baselines=()))
+    config = replace(
+        config,
+        finetune=replace(config.finetune, run=replace(config.finetune.run, workers=1)),
+        cut=replace(config.cut, baselines=()),
+    )
     return config, prune(config)
 
 
@@ -73,12 +77,12 @@ def test_the_stages_learn_and_publish(pruned: tuple[RunConfig, dict[str, Any]]) 
         (
             {},
             {"workers": 99},
-            "prune.workers: 99: with prune.cpus_per_worker 0.5 they need 49.5 CPU and 0.05 for the tasks that feed",
+            "prune.run.workers: 99: with prune.run.cpus_per_worker 0.5 they need 49.5 CPU and 0.05 for the tasks",
         ),
         (
             {},
             {"gpus_per_worker": 1.0},
-            "prune.workers: 1: with prune.gpus_per_worker 1 they need 1 GPU, the cluster has",
+            "prune.run.workers: 1: with prune.run.gpus_per_worker 1 they need 1 GPU, the cluster has",
         ),
     ],
 )
@@ -86,11 +90,15 @@ def test_what_cannot_work_is_one_line_before_it_starts(
     router: dict[str, Any], training: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
     config = tiny_run(tmp_path)
-    config = replace(config, router=replace(config.router, **router), prune=replace(config.prune, **training))
+    config = replace(
+        config,
+        router=replace(config.router, **router),
+        prune=replace(config.prune, run=replace(config.prune.run, **training)),
+    )
     encoded = Store.open(config.root).join("encoded", "train")
     with pytest.raises(ConfigError, match=f"^{line}[^\n]*$"):
         prune(config)
     assert not Path(config.root, "pruned").exists()
     fine = tiny_run(tmp_path / "fine", num_codes=2 * 2 * ROWS)
-    check_group(fine.prune, "prune", fine.encode)
+    check_group(fine.prune.run, "prune.run", fine.encode)
     check_shape(fine, Stream(encoded, parts_of(encoded), 0))

@@ -7,7 +7,6 @@ sends them as `extra_body`); in answers: `seed` of each image and the object `ap
 from __future__ import annotations
 
 import base64
-import difflib
 import re
 import secrets
 import time
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from aptp_platform.serve.args import ImageArgs
 from aptp_platform.serve.messages import AUTO, MEDIA_TYPES, Catalog, Choice, Order, OutputFormat, Picture, Refusal
+from aptp_platform.unknown_keys import nearest
 
 NUM_SEEDS: Final = 2**32
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -103,8 +103,8 @@ def _explained(model: type[BaseModel], error: ValidationError) -> Refusal:
     if kind == "missing":
         return Refusal(400, f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
     if kind == "extra_forbidden" and param is not None:
-        near = difflib.get_close_matches(param, model.model_fields, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        near = nearest(param, model.model_fields, cutoff=0.6)
+        hint = f" Did you mean '{near}'?" if near else ""
         name = param if len(param) <= 64 else f"{param[:64]}..."
         return Refusal(400, f"Unknown parameter: '{name}'.{hint}", code="unknown_parameter", param=name)
     if param is None:
