@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.http.ingress import Ingress
-from aptp_platform.serve.messages import Order, Picture
+from aptp_platform.serve.messages import GenerationRequest, ImageResult
 from aptp_platform.serve.release_source import ReleaseSource
 
 # No postponed annotations in this file: FastAPI reads the type of `request`.
@@ -20,8 +20,8 @@ _chain = FastAPI()
 class NoopExpert:
     """An expert whose images are empty files."""
 
-    async def generate(self, order: Order, seed: int, release: str) -> Picture:
-        return Picture(b"", seed, 1, 0.0, 0.0, 1)
+    async def generate(self, request: GenerationRequest, seed: int, release: str) -> ImageResult:
+        return ImageResult(b"", seed, 1, 0.0, 0.0, 1)
 
     async def wake(self, release: str) -> None:
         return None

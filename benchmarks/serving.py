@@ -27,10 +27,11 @@ import httpx
 import torch
 
 from aptp.release import Release
-from aptp_platform.serve.messages import Order
+from aptp_platform.serve.messages import GenerationRequest
 from aptp_platform.serve.release_source import ReleaseSource
+from aptp_platform.serve.routing.prompt_cache import score_prompts
 from aptp_platform.serve.routing.router import load_prompt_router
-from aptp_platform.serve.routing.selection import Situation, decide, find
+from aptp_platform.serve.routing.selection import Situation, decide
 from benchmarks.arrivals import Kind, Outcome, Target, Trace, capacity, play
 from benchmarks.bench_release import PROMPTS, bench_release
 from benchmarks.contenders import GUIDANCE, STEPS, contenders, noop_applications, ray_serve, whole_requests
@@ -227,8 +228,8 @@ def router_work(release: Release) -> dict[str, float]:
 
     def work(prompts: tuple[str, ...]) -> float:
         started = time.perf_counter()
-        orders = [Order(prompt, (0,), STEPS, GUIDANCE, catalog.size) for prompt in prompts]
-        decide(orders, find(router, prompts, catalog.familiar), idle)
+        requests = [GenerationRequest(prompt, (0,), STEPS, GUIDANCE, catalog.size) for prompt in prompts]
+        decide(requests, score_prompts(router, prompts, catalog.familiar), idle)
         return time.perf_counter() - started
 
     work(PROMPTS[:32])

@@ -30,9 +30,9 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "serve/cpu": ["semaphores", "turns", "packing"],
     "serve/engine": ["images", "denoising", "batch_size", "batching", "metrics", "expert"],
     "serve/routing": [
-        "overflow", "selection", "prompt_cache", "routing_map", "decision_log", "drift", "metrics", "replay", "router",
+        "overflow", "prompt_cache", "selection", "routing_map", "decision_log", "drift", "metrics", "replay", "router",
     ],
-    "serve/http": ["static", "keys", "openai", "streams", "metrics", "ingress"],
+    "serve/http": ["static", "limits", "keys", "openai", "streams", "metrics", "ingress"],
 }  # fmt: skip
 SERVING_NEEDS = {"storage", "unknown_keys", "serve"}  # no training
 FORBIDDEN_IN_LIBRARY = {"ray", "deepspeed", "yaml", "fastapi", "httpx", "s3fs", "fsspec", "pyarrow", "aptp_platform"}

@@ -1,4 +1,4 @@
-"""The whole server in one screen: Ingress -> Router -> one deployment a code, and the teacher if it is wanted.
+"""The whole server in one screen: Ingress -> Router -> one deployment per code, and the teacher if it is wanted.
 
 serve run aptp_platform.serve.app:build release=runs/demo/release
 serve deploy serve_configs/experts.yaml
@@ -56,7 +56,7 @@ def _options(num_cpus: float, scaling: ScalingArgs, args: ServeArgs) -> dict[str
         "ray_actor_options": {"num_cpus": num_cpus},
         "autoscaling_config": scaling.to_ray(_MANY / 8),
         "max_ongoing_requests": _MANY,
-        **_leaving(args),
+        **_drain_options(args),
     }
 
 
@@ -67,9 +67,9 @@ def _expert_options(expert: ExpertArgs, args: ServeArgs) -> dict[str, Any]:
         "autoscaling_config": expert.scaling.to_ray(expert.batch_bound),
         "max_ongoing_requests": expert.batch_bound + expert.max_waiting,
         "max_queued_requests": expert.max_queued_requests,
-        **_leaving(args),
+        **_drain_options(args),
     }
 
 
-def _leaving(args: ServeArgs) -> dict[str, Any]:
+def _drain_options(args: ServeArgs) -> dict[str, Any]:
     return {"graceful_shutdown_timeout_s": args.drain_s, "max_surge_percent": args.surge_percent}

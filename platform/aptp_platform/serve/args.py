@@ -98,7 +98,7 @@ class RouterArgs(_Section):
         default=None, gt=0, description="of an image; a prompt whose code would miss it goes to a neighbour with room"
     )
     status_s: float = Field(default=2.0, gt=0, description="how often the replicas are counted")
-    attempts: int = Field(default=3, ge=1, description="runs of an order whose replicas die")
+    attempts: int = Field(default=3, ge=1, description="runs of a request whose replicas die")
     scaling: ScalingArgs = ScalingArgs(target_ongoing_requests=64)
 
 

@@ -1,4 +1,4 @@
-"""What crosses the server's processes: an order goes down, a choice and pictures come up, a refusal ends it early."""
+"""What crosses the server's processes: a request goes to an expert; a choice, images or an `ApiError` come back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Reason = Literal["routed", "asked", "budget", "deadline", "overflow", "cold"]
 MEDIA_TYPES: Final[dict[OutputFormat, str]] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AUTO = "auto"  # the model name that lets the router choose
 TEACHER = "teacher"
-RELEASE_CHANGING = "release_changing"  # the refusal of a replica that was asked for another release than its own
+RELEASE_CHANGING = "release_changing"  # the error code of a replica that was asked for another release than its own
 
 
 def code_name(index: int) -> str:
@@ -19,12 +19,12 @@ def code_name(index: int) -> str:
 
 
 @dataclass(frozen=True)
-class Order:
-    """Images that somebody asked for, complete: whoever runs it again gets the same images.
+class GenerationRequest:
+    """A complete request for images: running it again gives the same images.
 
-    seeds: one an image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None.
+    seeds: one per image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None.
     expires: seconds since the epoch after which it is not begun any more. compression: quality of jpeg and webp,
-    0..100. num_previews: unfinished pictures wanted on the way. caller: the name of the API key it came with.
+    0..100. num_previews: unfinished images wanted on the way. caller: the name of the API key it came with.
     """
 
     prompt: str
@@ -51,10 +51,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model an order goes to, and why.
+    """Which model a request goes to, and why.
 
-    routed: the code that the router found nearest, even where the order went elsewhere. similarities: the prompt's, to
-    every code. margin: nearest minus second. ratio: the chosen model's share of the teacher's MACs; macs: of one
+    routed: the code that the router found nearest, even where the request went elsewhere. similarities: the prompt's,
+    to every code. margin: nearest minus second. ratio: the chosen model's share of the teacher's MACs; macs: of one
     forward pass at the release's resolution. expected_ms: of one image, queue included; None before a model was timed.
     unknown: whether the prompt is unlike those of the training; None where the release cannot tell.
     """
@@ -72,7 +72,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageResult:
     """One image as bytes of a file. preview: its number among the unfinished ones, None for the finished image.
     batch_limit: of the replica that made it.
     """
@@ -88,7 +88,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The first thing that an expert says to a streamed order: it has a place."""
+    """An expert's first answer to a streamed request: it has a place in the queue or the batch."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ class Catalog:
     def codes(self) -> tuple[ModelFacts, ...]:
         return tuple(model for model in self.models if model.name != TEACHER)
 
-    def macs_of(self, order: Order, macs: float) -> float:
-        """Multiply-adds of all images of an order, from those of one pass at the native size; others by area."""
-        area = (order.size[0] * order.size[1]) / (self.size[0] * self.size[1])
-        return macs * order.passes * len(order.seeds) * area
+    def macs_of(self, request: GenerationRequest, macs: float) -> float:
+        """Multiply-adds of all images of a request, from those of one pass at the native size; others by area."""
+        area = (request.size[0] * request.size[1]) / (self.size[0] * self.size[1])
+        return macs * request.passes * len(request.seeds) * area
 
     def find(self, name: str) -> ModelFacts:
         return next(model for model in self.models if model.name == name)
@@ -133,9 +133,9 @@ class Catalog:
 class ModelLoad:
     """A model as a router sees it now.
 
-    running: images ordered and not there yet; steps: all denoising steps of those, done or not. step_ms: of one
-    denoising step of an image, in the company that it had; None before the first. replicas: that run; None before it is
-    known. batch_limit: samples that one of them denoises together; None before it told.
+    running: images requested and not finished; steps: all denoising steps of those, done or not. step_ms: of one
+    denoising step of an image, batched as it was; None before the first. replicas: that run; None before it is
+    known. batch_limit: samples that one of them denoises together; None before it is known.
     """
 
     running: int = 0
@@ -164,8 +164,8 @@ class CodeMap:
     offset: tuple[float, ...]
 
 
-class Refusal(Exception):  # noqa: N818 - a refusal is an answer, not a failure
-    """An order that gets no image, as an HTTP client is told: the one error that crosses the server's processes."""
+class ApiError(Exception):
+    """A request gets no image: what the HTTP client is told. The one error that crosses the server's processes."""
 
     def __init__(
         self,
@@ -183,8 +183,8 @@ class Refusal(Exception):  # noqa: N818 - a refusal is an answer, not a failure
 
     def __reduce__(self) -> tuple[Any, ...]:
         options = {"code": self.code, "param": self.param, "retry_after_s": self.retry_after_s, "retry": self.retry}
-        return _refusal, (self.status, self.message, options)
+        return _api_error, (self.status, self.message, options)
 
 
-def _refusal(status: int, message: str, options: dict[str, Any]) -> Refusal:
-    return Refusal(status, message, **options)
+def _api_error(status: int, message: str, options: dict[str, Any]) -> ApiError:
+    return ApiError(status, message, **options)

@@ -1,4 +1,4 @@
-"""Calls from one deployment to another: run again when a replica died, refused in words when there is no room.
+"""Calls from one deployment to another: retried when a replica died, an `ApiError` when there is no room.
 
 The one place that knows Ray's exceptions.
 """
@@ -14,7 +14,7 @@ from typing import Any, Final
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from aptp_platform.serve.messages import RELEASE_CHANGING, Refusal
+from aptp_platform.serve.messages import RELEASE_CHANGING, ApiError
 
 Lost = (RayActorError, ReplicaUnavailableError)  # the replica died, or cannot be reached: nobody runs the call any more
 _PAUSE_S: Final = 0.2  # for the handle to learn which replicas are left
@@ -29,7 +29,7 @@ async def call(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0, 
         patience_s: how long to try again while the callee is of another release than the caller.
 
     Raises:
-        Refusal: the callee's own; 429 when its queue is full; 503 when it died `attempts` times.
+        ApiError: the callee's own; 429 when its queue is full; 503 when it died `attempts` times.
     """
     tries = _Tries(attempts, drain_s, patience_s)
     while True:
@@ -85,9 +85,9 @@ class _Tries:
             self._left -= 1
             if not self._left:
                 message = "The replica that ran this request was lost; try again."
-                raise Refusal(503, message, code="overloaded", retry_after_s=1.0) from None
-        except Refusal as refusal:
-            if refusal.code != RELEASE_CHANGING or time.monotonic() >= self._ends:
+                raise ApiError(503, message, code="overloaded", retry_after_s=1.0) from None
+        except ApiError as error:
+            if error.code != RELEASE_CHANGING or time.monotonic() >= self._ends:
                 raise
 
 
@@ -97,13 +97,13 @@ def _translated(drain_s: float) -> Iterator[None]:
         yield
     except BackPressureError:
         message = "Too many requests are waiting; try again later."
-        raise Refusal(429, message, code="rate_limit_exceeded", retry_after_s=max(drain_s, 1.0)) from None
+        raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=max(drain_s, 1.0)) from None
     except DeploymentUnavailableError:
-        raise Refusal(503, "This model is not running.", code="model_unavailable", retry_after_s=5.0) from None
+        raise ApiError(503, "This model is not running.", code="model_unavailable", retry_after_s=5.0) from None
     except RayTaskError as error:
         cause: BaseException = error
         while isinstance(cause, RayTaskError):
             cause = cause.cause
-        if isinstance(cause, Refusal):
+        if isinstance(cause, ApiError):
             raise cause from None
         raise

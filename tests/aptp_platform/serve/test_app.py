@@ -64,14 +64,14 @@ def test_a_png_says_where_it_comes_from(client: Any, release: Release) -> None:
 
 
 def test_many_at_once_are_each_as_if_alone(client: Any, library: AptpPipeline) -> None:
-    orders = [(prompt, seed) for seed in (1, 2) for prompt in PROMPTS]
+    requests = [(prompt, seed) for seed in (1, 2) for prompt in PROMPTS]
 
-    def draw(order: tuple[str, int]) -> torch.Tensor:
-        answer = client.images.generate(prompt=order[0], extra_body={"seed": order[1]})
+    def draw(request: tuple[str, int]) -> torch.Tensor:
+        answer = client.images.generate(prompt=request[0], extra_body={"seed": request[1]})
         return pixels_of(answer.data[0].b64_json)
 
-    with ThreadPoolExecutor(len(orders)) as threads:
-        for (prompt, seed), pixels in zip(orders, threads.map(draw, orders), strict=True):
+    with ThreadPoolExecutor(len(requests)) as threads:
+        for (prompt, seed), pixels in zip(requests, threads.map(draw, requests), strict=True):
             assert (pixels - expected(library, prompt, seed)).abs().max() <= 1
 
 
@@ -262,8 +262,8 @@ def test_the_page_in_a_browser(url: str, tmp_path: Path) -> None:
         assert {request.split("?")[0] for request in page.requests if not request.startswith(("data:", url))} == set()
         assert [each for each in page.errors if "400" not in each] == []
         page.screenshot(tmp_path / "page.png")
-    with Image.open(tmp_path / "page.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50, "a picture of something"
+    with Image.open(tmp_path / "page.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50, "a image of something"
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_the_client_s_own_retries_bring_a_refused_order_through(url: str) -> Non
 
 
 def test_a_deadline_that_the_queue_breaks_is_told_at_once(url: str, http: httpx.Client) -> None:
-    """Behind a full batch of long orders; without them it would be met."""
+    """Behind a full batch of long requests; without them it would be met."""
     long = {"prompt": "a cat", "model": "code-00", "num_inference_steps": 60}
     http.post("/v1/images/generations", json=long).raise_for_status()
     step_ms = http.get("/ready").json()["models"]["code-00"]["step_ms"]
@@ -205,18 +205,18 @@ def test_another_release_is_rolled_out_under_load_without_a_failed_request(
 
     successor = build_release(tmp_path / "release", num_codes=2, with_teacher=False, seed=1)
     libraries = [library, AptpPipeline.from_release(successor.path)]
-    orders = [(prompt, seed) for prompt in PROMPTS for seed in (1, 2)]
-    wanted = {order: [expected(each, *order) for each in libraries] for order in orders}
+    requests = [(prompt, seed) for prompt in PROMPTS for seed in (1, 2)]
+    wanted = {request: [expected(each, *request) for each in libraries] for request in requests}
     router = args.router.model_copy(update={"target_ms": None})  # or a busy machine sends some to a neighbour
     changed = args.model_copy(update={"release": str(successor.path), "teacher": False, "router": router})
-    bodies = [{"prompt": prompt, "seed": seed} for prompt, seed in orders]
+    bodies = [{"prompt": prompt, "seed": seed} for prompt, seed in requests]
     served = [0, 0]
 
     for body, answer in load.during(url, bodies, lambda: serve.run(build(changed), name="aptp", route_prefix="/")):
         assert answer.status_code == 200, answer.text
         pixels = pixels_of(answer.json()["data"][0]["b64_json"])
-        order = (str(body["prompt"]), int(str(body["seed"])))
-        matches = [int((pixels - each).abs().max()) <= 1 for each in wanted[order]]
+        request = (str(body["prompt"]), int(str(body["seed"])))
+        matches = [int((pixels - each).abs().max()) <= 1 for each in wanted[request]]
         assert any(matches), (body, answer.headers)
         served[matches.index(True)] += 1
     assert min(served) > 0, served

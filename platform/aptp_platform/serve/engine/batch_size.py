@@ -1,4 +1,4 @@
-"""How many samples a step should carry: measured where it will run, since it hangs on the network and the machine."""
+"""How many samples a denoising step should carry: measured at a replica's start, on its network and its machine."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final
 
 from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
 
-_NEARLY: Final = 0.9  # of the best rate: beyond the first batch with that, more company only makes everybody slower
+_NEARLY: Final = 0.9  # of the best rate: a larger batch than the first to reach it mostly adds latency
 _GAIN: Final = 1.03  # of a doubled batch, below which doubling on is not worth its time
 _REPEATS: Final = 3
 _LOG = logging.getLogger("ray.serve")
 
 
-def saturating_batch(denoiser: Denoiser, size: tuple[int, int], *, largest: int, seconds: float) -> int:
+def best_batch_size(denoiser: Denoiser, size: tuple[int, int], *, largest: int, seconds: float) -> int:
     """The smallest batch whose steps make nearly as many samples a second as those of any up to `largest`.
 
-    Sizes double until a doubling gains nothing, memory is full or the time is over. One that saturates already should
-    not grow: newcomers that wait let the others finish, and the mean of all is shorter.
+    Sizes double until a doubling gains nothing, memory is full or the time is over. Beyond saturation a larger batch
+    only increases the mean latency.
 
     Args:
         size: (width, height) in pixels of what is measured.

@@ -53,7 +53,7 @@ class TooLateError(RuntimeError):
     """A request's time was over before it had a place in the batch."""
 
 
-class Ticket:
+class RequestHandle:
     """A place in the engine, held while its `with` block lasts; leaving early is a cancellation.
 
     expires: the monotonic time after which it is not begun any more.
@@ -67,7 +67,7 @@ class Ticket:
         self.started = 0.0
         self.unwanted = False
 
-    def __enter__(self) -> Ticket:
+    def __enter__(self) -> RequestHandle:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,9 +100,9 @@ class Ticket:
 class _Outcome:
     """What came of a cycle: who was stepped, who failed of what, and the pixels that are due, with their number."""
 
-    stepped: list[Ticket] = field(default_factory=list)
-    failed: list[tuple[Ticket, Exception]] = field(default_factory=list)
-    due: list[tuple[Ticket, int | None, Tensor]] = field(default_factory=list)
+    stepped: list[RequestHandle] = field(default_factory=list)
+    failed: list[tuple[RequestHandle, Exception]] = field(default_factory=list)
+    due: list[tuple[RequestHandle, int | None, Tensor]] = field(default_factory=list)
 
 
 class StepEngine:
@@ -142,8 +142,8 @@ class StepEngine:
         self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
         self._turns, self._step_cost = turns, step_cost
         self._least_step_s = 0.0  # 0 before the first
-        self._waiting: deque[Ticket] = deque()
-        self._running: list[Ticket] = []
+        self._waiting: deque[RequestHandle] = deque()
+        self._running: list[RequestHandle] = []
         self._lock = threading.Lock()  # the thread seats who waits; all else about these two is the event loop's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
         self._wake = asyncio.Event()
@@ -161,7 +161,7 @@ class StepEngine:
     @property
     def drain_s(self) -> float:
         """Seconds until everything that is here now should be done."""
-        steps = sum(ticket.steps_left for ticket in (*self._running, *self._waiting))
+        steps = sum(handle.steps_left for handle in (*self._running, *self._waiting))
         return math.ceil(steps / self._max_batch_size) * self.cycle_s
 
     def check(self) -> None:
@@ -170,8 +170,8 @@ class StepEngine:
             self._loop.result()
             raise RuntimeError("the engine was closed")
 
-    def submit(self, spec: SampleSpec, expires_in_s: float = math.inf) -> Ticket:
-        """Takes a place now: `with engine.submit(spec) as ticket: async for image in ticket.images(): ...`
+    def submit(self, spec: SampleSpec, expires_in_s: float = math.inf) -> RequestHandle:
+        """Takes a place now: `with engine.submit(spec) as handle: async for image in handle.images(): ...`
 
         Args:
             expires_in_s: if it still waits then, it is not begun, and its `images` raise `TooLateError`.
@@ -183,18 +183,18 @@ class StepEngine:
         if self._loop is None:
             self._loop = asyncio.get_running_loop().create_task(self._run())
         self.check()
-        ticket = Ticket(spec, time.monotonic() + expires_in_s)
+        handle = RequestHandle(spec, time.monotonic() + expires_in_s)
         with self._lock:
             if len(self._waiting) >= self._max_waiting + self._max_batch_size - len(self._running):
                 raise EngineFullError(len(self._waiting), self.drain_s)
-            self._waiting.append(ticket)
+            self._waiting.append(handle)
         self._wake.set()
-        return ticket
+        return handle
 
     async def generate(self, spec: SampleSpec) -> Rendered:
         """The finished image of one spec; cancelling the call takes it out of the batch at the next step."""
-        with self.submit(spec) as ticket:
-            return [image async for image in ticket.images()][-1]
+        with self.submit(spec) as handle:
+            return [image async for image in handle.images()][-1]
 
     async def close(self) -> None:
         """Ends the engine; whoever still waits is told."""
@@ -215,12 +215,12 @@ class StepEngine:
                 continue
             started = time.monotonic()
             outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._cycle)
-            for ticket, error in outcome.failed:
-                _fail((ticket,), error)
-            for ticket, preview, pixels in outcome.due:
-                ticket.deliver(pixels, preview)
-            gone = {ticket for ticket, _ in outcome.failed}
-            self._running = [ticket for ticket in self._running if ticket.steps_left and ticket not in gone]
+            for handle, error in outcome.failed:
+                _fail((handle,), error)
+            for handle, preview, pixels in outcome.due:
+                handle.deliver(pixels, preview)
+            gone = {handle for handle, _ in outcome.failed}
+            self._running = [handle for handle in self._running if handle.steps_left and handle not in gone]
             if outcome.stepped:
                 self._account(len(outcome.stepped), time.monotonic() - started)
 
@@ -229,14 +229,14 @@ class StepEngine:
         outcome = _Outcome()
         turn = self._turns.held(self._since() or time.monotonic(), self._since) if self._turns else nullcontext()
         with turn:
-            tickets = self._seat()  # those too that came while it was the turn of others
+            handles = self._seat()  # those too that came while it was the turn of others
             try:
-                outcome.failed = self._admit(tickets)
-                alive = [(ticket, ticket.sample) for ticket in tickets if ticket.sample is not None]
+                outcome.failed = self._admit(handles)
+                alive = [(handle, handle.sample) for handle in handles if handle.sample is not None]
                 outcome.due = self._step(alive) if alive else []
-                outcome.stepped = [ticket for ticket, _ in alive]
+                outcome.stepped = [handle for handle, _ in alive]
             except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
-                outcome.failed = [(ticket, fault) for ticket in tickets]
+                outcome.failed = [(handle, fault) for handle in handles]
         return outcome
 
     def _since(self) -> float | None:
@@ -247,48 +247,50 @@ class StepEngine:
         """
         step_s = self._least_step_s / self._step_cost
         with self._lock:
-            tickets = [each for each in (*self._running, *self._waiting) if each.steps_left and not each.unwanted]
-        return min((each.arrived + step_s * each.steps_done for each in tickets), default=None)
+            handles = [each for each in (*self._running, *self._waiting) if each.steps_left and not each.unwanted]
+        return min((each.arrived + step_s * each.steps_done for each in handles), default=None)
 
-    def _seat(self) -> list[Ticket]:
+    def _seat(self) -> list[RequestHandle]:
         """Who takes part in the next step: those who run, and of those who wait as many as there are places."""
         with self._lock:
-            self._running = [ticket for ticket in self._running if not ticket.unwanted]
+            self._running = [handle for handle in self._running if not handle.unwanted]
             closed = self._whole_requests and bool(self._running)
             while self._waiting and len(self._running) < self._max_batch_size and not closed:
-                ticket = self._waiting.popleft()
-                if not ticket.unwanted:
-                    self._running.append(ticket)
+                handle = self._waiting.popleft()
+                if not handle.unwanted:
+                    self._running.append(handle)
             return list(self._running)
 
-    def _admit(self, tickets: list[Ticket]) -> list[tuple[Ticket, Exception]]:
+    def _admit(self, handles: list[RequestHandle]) -> list[tuple[RequestHandle, Exception]]:
         """Starts the newcomers; those that cannot be started, and why."""
         now = time.monotonic()
-        newcomers = [ticket for ticket in tickets if ticket.sample is None]
-        failed: list[tuple[Ticket, Exception]] = [(each, _too_late()) for each in newcomers if each.expires <= now]
-        timely = [ticket for ticket in newcomers if ticket.expires > now]
-        samples = self._denoiser.admit([ticket.spec for ticket in timely]) if timely else []
-        for ticket, sample in zip(timely, samples, strict=True):
+        newcomers = [handle for handle in handles if handle.sample is None]
+        failed: list[tuple[RequestHandle, Exception]] = [
+            (each, _too_late()) for each in newcomers if each.expires <= now
+        ]
+        timely = [handle for handle in newcomers if handle.expires > now]
+        samples = self._denoiser.admit([handle.spec for handle in timely]) if timely else []
+        for handle, sample in zip(timely, samples, strict=True):
             if isinstance(sample, Exception):
-                failed.append((ticket, sample))
+                failed.append((handle, sample))
             else:
-                ticket.sample, ticket.started = sample, now
+                handle.sample, handle.started = sample, now
         return failed
 
-    def _step(self, alive: list[tuple[Ticket, Sample]]) -> list[tuple[Ticket, int | None, Tensor]]:
+    def _step(self, alive: list[tuple[RequestHandle, Sample]]) -> list[tuple[RequestHandle, int | None, Tensor]]:
         """One step for all; the pixels of those that are finished or due for a preview."""
         started = time.monotonic()
         self._denoiser.step([sample for _, sample in alive])
         due = []
-        for ticket, sample in alive:
+        for handle, sample in alive:
             preview = sample.take_preview()
             if preview is not None or not sample.steps_left:
-                due.append((ticket, sample, preview))
+                due.append((handle, sample, preview))
         pixels = self._denoiser.decode([sample for _, sample, _ in due])
         if self._turns:
             self._denoiser.synchronize()
         self._least_step_s = min(self._least_step_s or math.inf, time.monotonic() - started)
-        return [(ticket, preview, image) for (ticket, _, preview), image in zip(due, pixels, strict=True)]
+        return [(handle, preview, image) for (handle, _, preview), image in zip(due, pixels, strict=True)]
 
     def _account(self, batch_size: int, seconds: float) -> None:
         self.cycle_s += (_SMOOTHING if self.cycle_s else 1.0) * (seconds - self.cycle_s)
@@ -298,18 +300,18 @@ class StepEngine:
     def _drop_unwanted(self) -> None:
         now = time.monotonic()
         with self._lock:
-            self._running = [ticket for ticket in self._running if not ticket.unwanted]
-            late = [ticket for ticket in self._waiting if ticket.expires <= now]
-            if late or any(ticket.unwanted for ticket in self._waiting):
+            self._running = [handle for handle in self._running if not handle.unwanted]
+            late = [handle for handle in self._waiting if handle.expires <= now]
+            if late or any(handle.unwanted for handle in self._waiting):
                 self._waiting = deque(each for each in self._waiting if not each.unwanted and each.expires > now)
-        for ticket in late:
-            _fail((ticket,), _too_late())
+        for handle in late:
+            _fail((handle,), _too_late())
 
 
 def _too_late() -> TooLateError:
     return TooLateError("the request waited until its time was over")
 
 
-def _fail(tickets: Iterable[Ticket], error: Exception) -> None:
-    for ticket in tickets:
-        ticket.outbox.put_nowait(error)
+def _fail(handles: Iterable[RequestHandle], error: Exception) -> None:
+    for handle in handles:
+        handle.outbox.put_nowait(error)

@@ -17,12 +17,20 @@ from aptp.expert import load_expert
 from aptp.release import Release
 from aptp_platform.serve.args import ExpertArgs
 from aptp_platform.serve.cpu.turns import Turns
-from aptp_platform.serve.engine.batch_size import saturating_batch
-from aptp_platform.serve.engine.batching import EngineFullError, Rendered, StepEngine, Ticket, TooLateError
+from aptp_platform.serve.engine.batch_size import best_batch_size
+from aptp_platform.serve.engine.batching import EngineFullError, Rendered, RequestHandle, StepEngine, TooLateError
 from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
 from aptp_platform.serve.engine.images import encode_image
 from aptp_platform.serve.engine.metrics import ExpertMetrics
-from aptp_platform.serve.messages import RELEASE_CHANGING, TEACHER, Accepted, Catalog, Order, Picture, Refusal
+from aptp_platform.serve.messages import (
+    RELEASE_CHANGING,
+    TEACHER,
+    Accepted,
+    ApiError,
+    Catalog,
+    GenerationRequest,
+    ImageResult,
+)
 from aptp_platform.serve.release_source import ReleaseSource
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +38,7 @@ _LOG = logging.getLogger("ray.serve")
 
 
 class Expert:
-    """Images of one model. A replica that is asked again for an order makes the same image again."""
+    """Images of one model. The same request gives the same image again."""
 
     def __init__(self, source: ReleaseSource, catalog: Catalog, model: str, args: ExpertArgs) -> None:
         torch.set_num_threads(args.num_threads or max(1, int(args.num_cpus)))
@@ -39,7 +47,7 @@ class Expert:
         self._denoiser = load_denoiser(source.for_model(model), index, device=args.device, dtype=_DTYPES[args.dtype])
         self._denoiser.pack_weights(self._warm_up)
         self._warm_up()
-        self._batch_limit = self._measured(args) if args.max_batch_size == "auto" else args.max_batch_size
+        self._batch_limit = self._measured_batch_size(args) if args.max_batch_size == "auto" else args.max_batch_size
         metrics = ExpertMetrics(model, self._batch_limit)
         self._engine = StepEngine(
             self._denoiser,
@@ -52,27 +60,28 @@ class Expert:
             observe=metrics.observe,
         )
 
-    async def generate(self, order: Order, seed: int, release: str) -> Picture:
-        """The order's image for one of its seeds, by the release that the order's choice was made for.
+    async def generate(self, request: GenerationRequest, seed: int, release: str) -> ImageResult:
+        """The request's image for one of its seeds, by the release that its choice was made for.
 
         Raises:
-            Refusal: 429 when too many wait already, 503 when this replica is of another release, 504 when the order
+            ApiError: 429 when too many wait already, 503 when this replica is of another release, 504 when the request
                 expired while it waited.
         """
-        with self._submit(order, seed, release, num_previews=0) as ticket, _in_words():
-            images = [image async for image in ticket.images()]
-        return await asyncio.to_thread(self._picture, order, seed, images[-1])
+        with self._submit(request, seed, release, num_previews=0) as handle, _as_api_error():
+            images = [image async for image in handle.images()]
+        return await asyncio.to_thread(self._result, request, seed, images[-1])
 
-    async def stream(self, order: Order, seed: int, release: str) -> AsyncIterator[Accepted | Picture]:
-        """`Accepted` at once, then the previews that the order wants, then the image."""
-        with self._submit(order, seed, release, num_previews=order.num_previews) as ticket, _in_words():
+    async def stream(
+        self, request: GenerationRequest, seed: int, release: str
+    ) -> AsyncIterator[Accepted | ImageResult]:
+        """`Accepted` at once, then the previews that the request wants, then the image."""
+        with self._submit(request, seed, release, num_previews=request.num_previews) as handle, _as_api_error():
             yield Accepted()
-            async for image in ticket.images():
-                yield await asyncio.to_thread(self._picture, order, seed, image)
+            async for image in handle.images():
+                yield await asyncio.to_thread(self._result, request, seed, image)
 
     async def wake(self, release: str) -> None:
-        """Nothing, if this replica is of the release. A call that waits is what makes Serve start a replica where there
-        is none."""
+        """No-op that checks the release. A pending call makes Serve scale the deployment up from zero."""
         self._check_release(release)
 
     def check_health(self) -> None:
@@ -86,48 +95,48 @@ class Expert:
         self._denoiser.step(samples)
         self._denoiser.decode(samples)
 
-    def _measured(self, args: ExpertArgs) -> int:
-        limit = saturating_batch(self._denoiser, self._catalog.size, largest=args.largest_batch, seconds=args.measure_s)
+    def _measured_batch_size(self, args: ExpertArgs) -> int:
+        limit = best_batch_size(self._denoiser, self._catalog.size, largest=args.largest_batch, seconds=args.measure_s)
         _LOG.info("%s denoises up to %d samples together", self._model, limit)
         return limit
 
     def _check_release(self, release: str) -> None:
         if release != self._catalog.release:
             message = "Another release is being rolled out; try again."
-            raise Refusal(503, message, code=RELEASE_CHANGING, retry_after_s=5.0)
+            raise ApiError(503, message, code=RELEASE_CHANGING, retry_after_s=5.0)
 
-    def _submit(self, order: Order, seed: int, release: str, num_previews: int) -> Ticket:
+    def _submit(self, request: GenerationRequest, seed: int, release: str, num_previews: int) -> RequestHandle:
         self._check_release(release)
-        expires_in_s = math.inf if order.expires is None else order.expires - time.time()
+        expires_in_s = math.inf if request.expires is None else request.expires - time.time()
         spec = SampleSpec(
-            prompt=order.prompt,
+            prompt=request.prompt,
             seed=seed,
-            num_inference_steps=order.num_inference_steps,
-            guidance_scale=order.guidance_scale,
-            size=order.size,
-            negative_prompt=order.negative_prompt,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            size=request.size,
+            negative_prompt=request.negative_prompt,
             num_previews=num_previews,
         )
         try:
             return self._engine.submit(spec, expires_in_s)
         except EngineFullError as full:
             message = f"{self._model} has no room; try again later."
-            raise Refusal(
+            raise ApiError(
                 429, message, code="rate_limit_exceeded", retry_after_s=max(full.retry_after_s, 1.0)
             ) from None
 
-    def _picture(self, order: Order, seed: int, image: Rendered) -> Picture:
+    def _result(self, request: GenerationRequest, seed: int, image: Rendered) -> ImageResult:
         facts = {
             "seed": str(seed),
             "code": self._model,
             "release": self._catalog.release,
-            "num_inference_steps": str(order.num_inference_steps),
-            "guidance_scale": f"{order.guidance_scale:g}",
+            "num_inference_steps": str(request.num_inference_steps),
+            "guidance_scale": f"{request.guidance_scale:g}",
         }
-        return Picture(
-            data=encode_image(image.pixels, order.output_format, compression=order.compression, facts=facts),
+        return ImageResult(
+            data=encode_image(image.pixels, request.output_format, compression=request.compression, facts=facts),
             seed=seed,
-            num_text_tokens=self._denoiser.count_tokens(order.prompt),
+            num_text_tokens=self._denoiser.count_tokens(request.prompt),
             queue_ms=image.queue_ms,
             denoise_ms=image.denoise_ms,
             batch_limit=self._batch_limit,
@@ -136,12 +145,12 @@ class Expert:
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
+def _as_api_error() -> Iterator[None]:
     try:
         yield
     except TooLateError:
         message = "The request waited in the queue until its 'deadline_ms' was over; it was not begun."
-        raise Refusal(504, message, code="deadline_exceeded", param="deadline_ms", retry=False) from None
+        raise ApiError(504, message, code="deadline_exceeded", param="deadline_ms", retry=False) from None
 
 
 def load_denoiser(release: Release, index: int | None, *, device: str, dtype: torch.dtype) -> Denoiser:

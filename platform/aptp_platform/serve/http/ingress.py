@@ -1,4 +1,4 @@
-"""The deployment that speaks HTTP: bodies become orders, pictures become answers, refusals become errors."""
+"""The deployment that speaks HTTP: bodies become requests, images and errors become answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from aptp_platform.serve.args import ServeArgs
-from aptp_platform.serve.http.keys import ApiKey, Doorkeeper
+from aptp_platform.serve.http.keys import ApiKey, ApiKeyAuth
 from aptp_platform.serve.http.metrics import IngressMetrics
 from aptp_platform.serve.http.openai import (
     ImageRequest,
@@ -30,10 +30,10 @@ from aptp_platform.serve.http.openai import (
     images_response,
     models_response,
     parse_request,
-    to_order,
+    to_generation_request,
 )
 from aptp_platform.serve.http.streams import in_time, open_stream
-from aptp_platform.serve.messages import Catalog, Choice, CodeMap, ModelLoad, Order, Picture, Refusal
+from aptp_platform.serve.messages import ApiError, Catalog, Choice, CodeMap, GenerationRequest, ImageResult, ModelLoad
 from aptp_platform.serve.replicas import ReplicaCounts
 from aptp_platform.serve.retries import call, call_stream
 
@@ -45,11 +45,11 @@ _READY_TIMEOUT_S: Final = 5.0
 class Gateway(Protocol):
     """What the HTTP side needs of the rest: the router, however it is reached."""
 
-    async def route(self, order: Order) -> Choice: ...
+    async def route(self, request: GenerationRequest) -> Choice: ...
 
-    async def generate(self, order: Order) -> tuple[Choice, list[Picture]]: ...
+    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]: ...
 
-    def stream(self, order: Order) -> AsyncIterator[Choice | Picture]: ...
+    def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult]: ...
 
     async def loads(self) -> dict[str, ModelLoad]: ...
 
@@ -57,22 +57,22 @@ class Gateway(Protocol):
 
 
 class RouterGateway:
-    """The router's deployment. An order is given to another replica when its own died, or reaches no expert of its
-    release while another one is rolled out."""
+    """The router's deployment. A request goes to another replica when its own died, or reaches no expert of its
+    release during a rollout."""
 
     def __init__(self, handle: DeploymentHandle[Any], args: ServeArgs) -> None:
         self._handle = handle
         self._again: dict[str, Any] = {"attempts": args.router.attempts, "patience_s": args.drain_s}
 
-    async def route(self, order: Order) -> Choice:
-        return await call(lambda: self._handle.route.remote(order), **self._again)
+    async def route(self, request: GenerationRequest) -> Choice:
+        return await call(lambda: self._handle.route.remote(request), **self._again)
 
-    async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
-        return await call(lambda: self._handle.generate.remote(order), **self._again)
+    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]:
+        return await call(lambda: self._handle.generate.remote(request), **self._again)
 
-    def stream(self, order: Order) -> AsyncIterator[Choice | Picture]:
+    def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult]:
         streaming = self._handle.options(stream=True)
-        return call_stream(lambda: streaming.stream.remote(order), **self._again)
+        return call_stream(lambda: streaming.stream.remote(request), **self._again)
 
     async def loads(self) -> dict[str, ModelLoad]:
         return await call(lambda: self._handle.loads.remote(), **self._again)
@@ -93,8 +93,8 @@ class Ingress:
             peers.follow()
             return 1 / max(1, peers.counts.get("ingress", 1))
 
-        door = Doorkeeper(args.keys, catalog, os.environ, listens_on_loopback=_listens_on_loopback(), share=share)
-        self._app = create_app(RouterGateway(router, args), catalog, args, door)
+        auth = ApiKeyAuth(args.keys, catalog, os.environ, listens_on_loopback=_listens_on_loopback(), share=share)
+        self._app = create_app(RouterGateway(router, args), catalog, args, auth)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -111,7 +111,7 @@ def _listens_on_loopback() -> bool:
         return False
 
 
-def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorkeeper) -> FastAPI:
+def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKeyAuth) -> FastAPI:
     """The HTTP side of a server. `x-request-id` is set by Ray Serve's proxy, on every response."""
     app = FastAPI(title="APTP", docs_url=None, redoc_url=None)
     started = int(time.time())
@@ -119,40 +119,40 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorke
 
     async def admitted(request: Request) -> None:
         """Before the body is read: who has no key is not listened to."""
-        request.state.key = door.admit(request.headers.get("authorization"))
+        request.state.key = auth.admit(request.headers.get("authorization"))
 
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(admitted)])
 
-    async def order_of(request: Request, model: type[RouteRequest]) -> tuple[Any, Order]:
-        wanted = parse_request(model, await _read_body(request, args))
+    async def generation_of(request: Request, model: type[RouteRequest]) -> tuple[Any, GenerationRequest]:
+        body = parse_request(model, await _read_body(request, args))
         key: ApiKey | None = request.state.key
         request_id = request.headers.get("x-request-id", "")
-        return wanted, to_order(wanted, args.images, catalog, request_id, key.name if key else "")
+        return body, to_generation_request(body, args.images, catalog, request_id, key.name if key else "")
 
     @v1.post("/images/generations")
     async def generate(request: Request) -> Response:
         begun = time.monotonic()
-        wanted, order = await order_of(request, ImageRequest)
-        with door.charged(request.state.key, order) as bill:
-            if wanted.stream:
-                choice, events = await open_stream(gateway.stream(order), order, args.ingress)
+        body, generation = await generation_of(request, ImageRequest)
+        with auth.charged(request.state.key, generation) as charge:
+            if body.stream:
+                choice, events = await open_stream(gateway.stream(generation), generation, args.ingress)
                 answer: Response = StreamingResponse(events, media_type="text/event-stream")
                 answer.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
                 answer.headers.update(_headers(choice, begun))
             else:
                 async with in_time(args.ingress.request_timeout_s):
-                    choice, pictures = await gateway.generate(order)
-                answer = JSONResponse(images_response(order, choice, pictures, wanted))
-                answer.headers.update(_headers(choice, begun, pictures))
-            bill.correct(catalog.macs_of(order, choice.macs))
-        answer.headers.update(door.headers(request.state.key))
+                    choice, images = await gateway.generate(generation)
+                answer = JSONResponse(images_response(generation, choice, images, body))
+                answer.headers.update(_headers(choice, begun, images))
+            charge.correct(catalog.macs_of(generation, choice.macs))
+        answer.headers.update(auth.headers(request.state.key))
         return answer
 
     @v1.post("/route")
     async def route(request: Request) -> Response:
         begun = time.monotonic()
-        _, order = await order_of(request, RouteRequest)
-        choice = await gateway.route(order)
+        _, generation = await generation_of(request, RouteRequest)
+        choice = await gateway.route(generation)
         return JSONResponse(choice_json(choice), headers=_headers(choice, begun))
 
     @v1.get("/map")
@@ -168,7 +168,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorke
         for entry in models_response(catalog, started)["data"]:
             if entry["id"] == name:
                 return JSONResponse(entry)
-        raise Refusal(404, f"The model {name[:64]!r} does not exist.", code="model_not_found", param="model")
+        raise ApiError(404, f"The model {name[:64]!r} does not exist.", code="model_not_found", param="model")
 
     app.include_router(v1)
 
@@ -181,7 +181,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorke
         try:
             loads = await asyncio.wait_for(gateway.loads(), _READY_TIMEOUT_S)
         except TimeoutError:
-            raise Refusal(503, "The router does not answer.", code="overloaded", retry_after_s=1.0) from None
+            raise ApiError(503, "The router does not answer.", code="overloaded", retry_after_s=1.0) from None
         return JSONResponse(
             {
                 "status": "ready",
@@ -195,11 +195,11 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorke
     async def page() -> Response:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _PAGE_POLICY})
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, refusal: Refusal) -> Response:
-        metrics.refused(refusal.code or str(refusal.status))
-        answer = _error(refusal)
-        answer.headers.update(door.headers(getattr(request.state, "key", None)))
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        metrics.refused(error.code or str(error.status))
+        answer = _error(error)
+        answer.headers.update(auth.headers(getattr(request.state, "key", None)))
         return answer
 
     @app.exception_handler(HTTPException)
@@ -211,7 +211,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, door: Doorke
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
         metrics.refused("server_error")
-        return _error(Refusal(500, "The server failed at this request; its log says why.", code="server_error"))
+        return _error(ApiError(500, "The server failed at this request; its log says why.", code="server_error"))
 
     return app
 
@@ -221,10 +221,10 @@ async def _read_body(request: Request, args: ServeArgs) -> bytes:
     limit = args.ingress.max_body_bytes
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refusal(
+        raise ApiError(
             415, f"The body's content type is {kind[:64]!r}; send application/json.", code="unsupported_media_type"
         )
-    too_large = Refusal(413, f"The body is larger than {limit} bytes.", code="request_too_large")
+    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
     length = request.headers.get("content-length", "0")
     if not length.isdigit() or int(length[:20]) > limit:
         raise too_large
@@ -237,12 +237,12 @@ async def _read_body(request: Request, args: ServeArgs) -> bytes:
                     raise too_large
     except TimeoutError:
         message = f"The body did not arrive within {args.ingress.body_timeout_s:g} s."
-        raise Refusal(408, message, code="request_timeout", retry=False) from None
+        raise ApiError(408, message, code="request_timeout", retry=False) from None
     return bytes(body)
 
 
-def _headers(choice: Choice, begun: float, pictures: list[Picture] | None = None) -> dict[str, str]:
-    """How the order was served, on every answer."""
+def _headers(choice: Choice, begun: float, images: list[ImageResult] | None = None) -> dict[str, str]:
+    """How the request was served, on every answer."""
     total_ms = 1e3 * (time.monotonic() - begun)
     headers = {
         "x-aptp-code": choice.model,
@@ -253,19 +253,19 @@ def _headers(choice: Choice, begun: float, pictures: list[Picture] | None = None
         "x-aptp-ms": f"{total_ms:.1f}",
         "openai-processing-ms": f"{total_ms:.0f}",
     }
-    if pictures:
-        queue, denoise = (max(getattr(each, name) for each in pictures) for name in ("queue_ms", "denoise_ms"))
+    if images:
+        queue, denoise = (max(getattr(each, name) for each in images) for name in ("queue_ms", "denoise_ms"))
         headers["server-timing"] = f"queue;dur={queue:.1f}, denoise;dur={denoise:.1f}, total;dur={total_ms:.1f}"
     return headers
 
 
-def _error(refusal: Refusal) -> Response:
+def _error(error: ApiError) -> Response:
     headers = {}
-    if refusal.retry_after_s is not None:
-        headers["retry-after"] = str(math.ceil(refusal.retry_after_s))
-    if refusal.status == 401:
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if refusal.retry is not None:
-        headers["x-should-retry"] = str(refusal.retry).lower()
-    body = error_body(refusal.status, refusal.message, refusal.code, refusal.param)
-    return JSONResponse(body, refusal.status, headers)
+    if error.retry is not None:
+        headers["x-should-retry"] = str(error.retry).lower()
+    body = error_body(error.status, error.message, error.code, error.param)
+    return JSONResponse(body, error.status, headers)

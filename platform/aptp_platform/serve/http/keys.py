@@ -1,4 +1,4 @@
-"""Who may ask, and for how much: API keys, known by their hashes alone, each with a limit in multiply-adds.
+"""API keys, stored as hashes only, each with an optional limit in multiply-adds.
 
 The secret is JSON in a file or in the environment of the ingress's node, never in a config:
 
@@ -16,14 +16,14 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from aptp_platform.serve.args import KeyArgs
-from aptp_platform.serve.messages import Catalog, Order, Refusal
+from aptp_platform.serve.http.limits import MacsBucket, QuotaCharge
+from aptp_platform.serve.messages import ApiError, Catalog, GenerationRequest
 
 VARIABLE: Final = "APTP_API_KEYS"
 _RELOAD_S: Final = 5.0  # a secret that was changed counts after this long
@@ -73,50 +73,7 @@ def read_keys(text: str, place: str) -> dict[str, ApiKey]:
     return {key.sha256: key for key in keys}
 
 
-class MacsBucket:
-    """A token bucket over multiply-adds, by the clock that is given.
-
-    An order is let in while anything is left and charged whole, so one that is larger than the burst is not refused for
-    ever: who asked for it waits longer afterwards.
-    """
-
-    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rate, self._burst, self._clock = rate, burst, clock
-        self._level, self._filled = burst, clock()
-
-    def level(self, share: float = 1.0) -> float:
-        """Multiply-adds that are left now; below zero after a large order. share: of the limit that counts here."""
-        now = self._clock()
-        self._level = min(self._level + share * self._rate * (now - self._filled), share * self._burst)
-        self._filled = now
-        return self._level
-
-    def take(self, macs: float, share: float = 1.0) -> float:
-        """0, and the amount is charged; or the seconds until it would be."""
-        level = self.level(share)
-        if level <= 0:
-            return max(-level / (share * self._rate), 0.001)
-        self._level -= macs
-        return 0.0
-
-    def give_back(self, macs: float) -> None:
-        self._level += macs
-
-
-@dataclass
-class Bill:
-    """What an order was charged: the most that it can cost, until the choice of its model is known."""
-
-    macs: float
-    bucket: MacsBucket | None
-
-    def correct(self, macs: float) -> None:
-        if self.bucket is not None:
-            self.bucket.give_back(self.macs - macs)
-        self.macs = macs
-
-
-class Doorkeeper:
+class ApiKeyAuth:
     """Tells whose key a request carries, and charges it.
 
     Every replica of the ingress has one; `share` is the part of each limit that is this replica's, so that all of them
@@ -155,7 +112,7 @@ class Doorkeeper:
         """The key of an `Authorization: Bearer ...` header; None where no keys are demanded.
 
         Raises:
-            Refusal: 401.
+            ApiError: 401.
         """
         if not self.demanded:
             return None
@@ -163,32 +120,32 @@ class Doorkeeper:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             message = "You didn't provide an API key: send it in the header 'Authorization: Bearer KEY'."
-            raise Refusal(401, message, code="invalid_api_key", retry=False)
+            raise ApiError(401, message, code="invalid_api_key", retry=False)
         key = self._keys.get(_digest(token.strip()))
         if key is None:
-            raise Refusal(401, "Incorrect API key provided.", code="invalid_api_key", retry=False)
+            raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", retry=False)
         return key
 
     @contextmanager
-    def charged(self, key: ApiKey | None, order: Order) -> Iterator[Bill]:
-        """Charges an order before it runs, to be corrected once its model is known. One that is refused after all costs
-        nothing; one that ran out of time, or whose client hangs up, does.
+    def charged(self, key: ApiKey | None, request: GenerationRequest) -> Iterator[QuotaCharge]:
+        """Charges a request before it runs; the caller corrects the charge once the model is known. A request that is
+        refused costs nothing; one that ran out of time, or whose client hung up, does.
 
         Raises:
-            Refusal: 429 when the key has nothing left.
+            ApiError: 429 when the key has nothing left.
         """
         bucket = self._bucket(key)
-        bill = Bill(self._catalog.macs_of(order, self._dearest(order)), bucket)
+        charge = QuotaCharge(self._catalog.macs_of(request, self._max_macs(request)), bucket)
         if bucket is not None:
-            wait_s = bucket.take(bill.macs, self._share())
+            wait_s = bucket.take(charge.macs, self._share())
             if wait_s:
                 message = f"This key's limit of multiply-adds is used up; try again in {wait_s:.1f} s."
-                raise Refusal(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
+                raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
         try:
-            yield bill
+            yield charge
         except Exception as error:
-            if not (isinstance(error, Refusal) and error.status == 504):
-                bill.correct(0.0)
+            if not (isinstance(error, ApiError) and error.status == 504):
+                charge.correct(0.0)
             raise
 
     def headers(self, key: ApiKey | None) -> dict[str, str]:
@@ -204,11 +161,11 @@ class Doorkeeper:
             "x-ratelimit-reset-macs": f"{(burst - level) / (share * key.macs_per_second):.3f}s",
         }
 
-    def _dearest(self, order: Order) -> float:
-        """Multiply-adds of one pass through the largest model that the order may go to."""
-        named = [model for model in self._catalog.models if model.name == order.model]
+    def _max_macs(self, request: GenerationRequest) -> float:
+        """Multiply-adds of one pass through the largest model that the request may go to."""
+        named = [model for model in self._catalog.models if model.name == request.model]
         largest = max(named or self._catalog.models, key=lambda model: model.macs)
-        return min(largest.macs, (order.budget or 1.0) * largest.macs / largest.ratio)
+        return min(largest.macs, (request.budget or 1.0) * largest.macs / largest.ratio)
 
     def _bucket(self, key: ApiKey | None) -> MacsBucket | None:
         if key is None or key.macs_per_second is None:

@@ -17,7 +17,16 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from aptp_platform.serve.args import ImageArgs
-from aptp_platform.serve.messages import AUTO, MEDIA_TYPES, Catalog, Choice, Order, OutputFormat, Picture, Refusal
+from aptp_platform.serve.messages import (
+    AUTO,
+    MEDIA_TYPES,
+    ApiError,
+    Catalog,
+    Choice,
+    GenerationRequest,
+    ImageResult,
+    OutputFormat,
+)
 from aptp_platform.unknown_keys import nearest
 
 NUM_SEEDS: Final = 2**32
@@ -27,7 +36,7 @@ _ERROR_TYPES: Final = {403: "permission_error", 429: "rate_limit_error"}
 
 
 class RouteRequest(BaseModel):
-    """The body of `POST /v1/route`, and what it shares with an order for images."""
+    """The body of `POST /v1/route`, and what it shares with a request for images."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -88,40 +97,40 @@ def _checked_text(text: str) -> str:
 
 
 def parse_request(model: type[Request], body: bytes) -> Request:
-    """A body as the request it should be, or the `Refusal` that says what is wrong with it."""
+    """A body as the request that it should be; `ApiError` says what is wrong with it."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise _explained(model, error) from None
 
 
-def _explained(model: type[BaseModel], error: ValidationError) -> Refusal:
+def _explained(model: type[BaseModel], error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False)[0]
     kind, param = first["type"], ".".join(map(str, first["loc"])) or None
     if kind == "json_invalid":
-        return Refusal(400, f"The body is not JSON: {first['msg']}.", code="invalid_json")
+        return ApiError(400, f"The body is not JSON: {first['msg']}.", code="invalid_json")
     if kind == "missing":
-        return Refusal(400, f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
+        return ApiError(400, f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
     if kind == "extra_forbidden" and param is not None:
         near = nearest(param, model.model_fields, cutoff=0.6)
         hint = f" Did you mean '{near}'?" if near else ""
         name = param if len(param) <= 64 else f"{param[:64]}..."
-        return Refusal(400, f"Unknown parameter: '{name}'.{hint}", code="unknown_parameter", param=name)
+        return ApiError(400, f"Unknown parameter: '{name}'.{hint}", code="unknown_parameter", param=name)
     if param is None:
-        return Refusal(400, "The body must be a JSON object.", code="invalid_type")
+        return ApiError(400, "The body must be a JSON object.", code="invalid_type")
     message = first["msg"].removeprefix("Value error, ")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
-    return Refusal(400, f"Invalid '{param}': {message}.", code=code, param=param)
+    return ApiError(400, f"Invalid '{param}': {message}.", code=code, param=param)
 
 
-def to_order(
-    request: RouteRequest, limits: ImageArgs, catalog: Catalog, request_id: str = "", caller: str = ""
-) -> Order:
-    """A request as an order, seeds drawn where it names none; a `Refusal` where it asks for more than is allowed."""
-    images = request if isinstance(request, ImageRequest) else ImageRequest(prompt=request.prompt)
-    steps, guidance = request.num_inference_steps, request.guidance_scale
+def to_generation_request(
+    body: RouteRequest, limits: ImageArgs, catalog: Catalog, request_id: str = "", caller: str = ""
+) -> GenerationRequest:
+    """A body as a request, with drawn seeds where it names none; `ApiError` where it asks for more than is allowed."""
+    images = body if isinstance(body, ImageRequest) else ImageRequest(prompt=body.prompt)
+    steps, guidance = body.num_inference_steps, body.guidance_scale
     for name, value, limit in (
-        ("prompt", len(request.prompt), limits.max_prompt_chars),
+        ("prompt", len(body.prompt), limits.max_prompt_chars),
         ("negative_prompt", len(images.negative_prompt), limits.max_prompt_chars),
         ("n", images.n, limits.max_images),
         ("num_inference_steps", steps or 0, limits.max_inference_steps),
@@ -129,28 +138,28 @@ def to_order(
     ):
         if value > limit:
             rule = f"must have at most {limit} characters" if name.endswith("prompt") else f"must be at most {limit}"
-            raise Refusal(400, f"Invalid '{name}': {rule}.", code="invalid_value", param=name)
+            raise ApiError(400, f"Invalid '{name}': {rule}.", code="invalid_value", param=name)
     if images.stream and images.n != 1:
-        raise Refusal(400, "Invalid 'n': a stream carries one image.", code="invalid_value", param="n")
+        raise ApiError(400, "Invalid 'n': a stream carries one image.", code="invalid_value", param="n")
     if images.partial_images and not images.stream:
         message = "Invalid 'partial_images': they need 'stream': true."
-        raise Refusal(400, message, code="invalid_value", param="partial_images")
-    if request.model not in (AUTO, *(model.name for model in catalog.models)):
+        raise ApiError(400, message, code="invalid_value", param="partial_images")
+    if body.model not in (AUTO, *(model.name for model in catalog.models)):
         known = ", ".join([AUTO, *(model.name for model in catalog.models)])
-        message = f"The model {request.model[:64]!r} does not exist. Known: {known}."
-        raise Refusal(404, message, code="model_not_found", param="model")
+        message = f"The model {body.model[:64]!r} does not exist. Known: {known}."
+        raise ApiError(404, message, code="model_not_found", param="model")
     first = secrets.randbelow(NUM_SEEDS) if images.seed is None else images.seed
-    return Order(
-        prompt=request.prompt,
+    return GenerationRequest(
+        prompt=body.prompt,
         seeds=tuple((first + index) % NUM_SEEDS for index in range(images.n)),
         num_inference_steps=steps or limits.num_inference_steps,
         guidance_scale=limits.guidance_scale if guidance is None else guidance,
-        size=parse_size(request.size, limits.sizes, catalog.size),
+        size=parse_size(body.size, limits.sizes, catalog.size),
         negative_prompt=images.negative_prompt,
-        model=request.model,
-        budget=request.budget,
-        deadline_ms=request.deadline_ms,
-        expires=None if request.deadline_ms is None else time.time() + request.deadline_ms / 1e3,
+        model=body.model,
+        budget=body.budget,
+        deadline_ms=body.deadline_ms,
+        expires=None if body.deadline_ms is None else time.time() + body.deadline_ms / 1e3,
         output_format=images.output_format,
         compression=images.output_compression,
         num_previews=images.partial_images,
@@ -160,7 +169,7 @@ def to_order(
 
 
 def parse_size(text: str, allowed: Iterable[str], native: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of "auto" or "WxH"; a `Refusal` that lists what is served, otherwise."""
+    """(width, height) of "auto" or "WxH"; an `ApiError` that lists what is served, otherwise."""
     native_text = f"{native[0]}x{native[1]}"
     if text in ("auto", native_text):
         return native
@@ -168,48 +177,50 @@ def parse_size(text: str, allowed: Iterable[str], native: tuple[int, int]) -> tu
     if match is None or text not in allowed:
         served = ", ".join(["auto", native_text, *allowed])
         message = f"Invalid 'size': {text[:32]!r} is not served. Served: {served}."
-        raise Refusal(400, message, code="invalid_value", param="size")
+        raise ApiError(400, message, code="invalid_value", param="size")
     return int(match[1]), int(match[2])
 
 
-def images_response(order: Order, choice: Choice, pictures: list[Picture], request: ImageRequest) -> dict[str, Any]:
+def images_response(
+    request: GenerationRequest, choice: Choice, images: list[ImageResult], body: ImageRequest
+) -> dict[str, Any]:
     """The answer to a request that was not streamed."""
     data: list[dict[str, Any]] = []
-    for picture in pictures:
-        text = base64.b64encode(picture.data).decode()
-        if request.response_format == "url":  # a data URL: it needs no storage, and works behind any balancer
-            entry = {"url": f"data:{MEDIA_TYPES[order.output_format]};base64,{text}"}
+    for image in images:
+        text = base64.b64encode(image.data).decode()
+        if body.response_format == "url":  # a data URL: it needs no storage, and works behind any balancer
+            entry = {"url": f"data:{MEDIA_TYPES[request.output_format]};base64,{text}"}
         else:
             entry = {"b64_json": text}
-        data.append({**entry, "seed": picture.seed})
+        data.append({**entry, "seed": image.seed})
     return {
         "created": int(time.time()),
         "data": data,
         "background": "opaque",
-        "output_format": order.output_format,
+        "output_format": request.output_format,
         "quality": "high",
-        "size": _size_text(order),
-        "usage": _usage(order, pictures),
+        "size": _size_text(request),
+        "usage": _usage(request, images),
         "aptp": choice_json(choice),
     }
 
 
-def stream_event(order: Order, picture: Picture) -> tuple[str, dict[str, Any]]:
+def stream_event(request: GenerationRequest, image: ImageResult) -> tuple[str, dict[str, Any]]:
     """Name and data of a server-sent event."""
-    kind = "image_generation.completed" if picture.preview is None else "image_generation.partial_image"
+    kind = "image_generation.completed" if image.preview is None else "image_generation.partial_image"
     data: dict[str, Any] = {
         "type": kind,
-        "b64_json": base64.b64encode(picture.data).decode(),
+        "b64_json": base64.b64encode(image.data).decode(),
         "created_at": int(time.time()),
-        "size": _size_text(order),
+        "size": _size_text(request),
         "quality": "high",
         "background": "opaque",
-        "output_format": order.output_format,
+        "output_format": request.output_format,
     }
-    if picture.preview is None:
-        data.update(usage=_usage(order, [picture]), seed=picture.seed)
+    if image.preview is None:
+        data.update(usage=_usage(request, [image]), seed=image.seed)
     else:
-        data["partial_image_index"] = picture.preview
+        data["partial_image_index"] = image.preview
     return kind, data
 
 
@@ -236,18 +247,18 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _size_text(order: Order) -> str:
-    return f"{order.size[0]}x{order.size[1]}"
+def _size_text(request: GenerationRequest) -> str:
+    return f"{request.size[0]}x{request.size[1]}"
 
 
-def _usage(order: Order, pictures: list[Picture]) -> dict[str, Any]:
+def _usage(request: GenerationRequest, images: list[ImageResult]) -> dict[str, Any]:
     """Text tokens read, and image tokens written: one for each 8 x 8 pixels, whatever the autoencoder."""
-    text = pictures[0].num_text_tokens
-    image = len(pictures) * (order.size[0] // 8) * (order.size[1] // 8)
+    text = images[0].num_text_tokens
+    drawn = len(images) * (request.size[0] // 8) * (request.size[1] // 8)
     return {
         "input_tokens": text,
         "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
-        "output_tokens": image,
-        "output_tokens_details": {"text_tokens": 0, "image_tokens": image},
-        "total_tokens": text + image,
+        "output_tokens": drawn,
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": drawn},
+        "total_tokens": text + drawn,
     }

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 
 from aptp_platform.serve.args import IngressArgs
 from aptp_platform.serve.http.openai import choice_json, error_body, stream_event
-from aptp_platform.serve.messages import Choice, Order, Picture, Refusal
+from aptp_platform.serve.messages import ApiError, Choice, GenerationRequest, ImageResult
 
 
 async def open_stream(
-    items: AsyncIterator[Choice | Picture], order: Order, args: IngressArgs
+    items: AsyncIterator[Choice | ImageResult], request: GenerationRequest, args: IngressArgs
 ) -> tuple[Choice, AsyncIterator[str]]:
     """A stream's choice and its server-sent events. Until the choice is known, an error has a status of its own."""
     ends = time.monotonic() + args.request_timeout_s
@@ -32,17 +32,17 @@ async def open_stream(
                         raise _late(args.request_timeout_s)
                     yield ": ping\n\n"
                     continue
-                picture = following.result()
-                assert isinstance(picture, Picture)
-                name, data = stream_event(order, picture)
-                if picture.preview is None:
+                image = following.result()
+                assert isinstance(image, ImageResult)
+                name, data = stream_event(request, image)
+                if image.preview is None:
                     data["aptp"] = choice_json(choice)
                 yield f"event: {name}\ndata: {json.dumps(data)}\n\n"
-                if picture.preview is None:
+                if image.preview is None:
                     return
                 following = asyncio.ensure_future(anext(items))
-        except Refusal as refusal:
-            body = error_body(refusal.status, refusal.message, refusal.code, refusal.param)
+        except ApiError as error:
+            body = error_body(error.status, error.message, error.code, error.param)
             yield f"event: error\ndata: {json.dumps(body)}\n\n"
         finally:
             following.cancel()
@@ -52,7 +52,7 @@ async def open_stream(
 
 @asynccontextmanager
 async def in_time(limit_s: float) -> AsyncIterator[None]:
-    """Ends what is awaited in the block after so long, as a `Refusal` with status 504."""
+    """Ends what is awaited in the block after so long, as an `ApiError` with status 504."""
     try:
         async with asyncio.timeout(limit_s):
             yield
@@ -60,6 +60,6 @@ async def in_time(limit_s: float) -> AsyncIterator[None]:
         raise _late(limit_s) from None
 
 
-def _late(limit_s: float) -> Refusal:
+def _late(limit_s: float) -> ApiError:
     message = f"The request was not done within {limit_s:g} s; nothing of it runs any more."
-    return Refusal(504, message, code="request_timeout", retry=False)
+    return ApiError(504, message, code="request_timeout", retry=False)

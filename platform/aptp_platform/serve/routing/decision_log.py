@@ -1,4 +1,4 @@
-"""A log of routing decisions: one JSON line an order, which can be replayed against another release."""
+"""A log of routing decisions: one JSON line a request, which can be replayed against another release."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from aptp_platform.serve.args import DecisionArgs
-from aptp_platform.serve.messages import Catalog, Choice, Order
+from aptp_platform.serve.messages import Catalog, Choice, GenerationRequest
 
 
 def prompt_digest(prompt: str) -> str:
@@ -32,17 +32,17 @@ class DecisionLog:
             name = folder / f"decisions-{os.uname().nodename}-{os.getpid()}.jsonl"
             self._handler = RotatingFileHandler(name, maxBytes=args.max_bytes, backupCount=1, encoding="utf-8")
 
-    def write(self, order: Order, choice: Choice, outcome: str, seconds: float) -> None:
+    def write(self, request: GenerationRequest, choice: Choice, outcome: str, seconds: float) -> None:
         """outcome: ok, refused, cancelled or failed."""
         if self._handler is None:
             return
         line = {
             "time": round(time.time(), 3),
-            "request_id": order.request_id,
-            "key": order.caller,
+            "request_id": request.request_id,
+            "key": request.caller,
             "release": self._catalog.release,
-            "prompt": order.prompt if self._args.prompts == "plain" else None,
-            "prompt_sha256": prompt_digest(order.prompt),
+            "prompt": request.prompt if self._args.prompts == "plain" else None,
+            "prompt_sha256": prompt_digest(request.prompt),
             "model": choice.model,
             "routed": choice.routed,
             "reason": choice.reason,
@@ -51,10 +51,10 @@ class DecisionLog:
             "unknown": choice.unknown,
             "macs": choice.macs,
             "ratio": choice.ratio,
-            "budget": order.budget,
-            "deadline_ms": order.deadline_ms,
-            "images": len(order.seeds),
-            "num_inference_steps": order.num_inference_steps,
+            "budget": request.budget,
+            "deadline_ms": request.deadline_ms,
+            "images": len(request.seeds),
+            "num_inference_steps": request.num_inference_steps,
             "outcome": outcome,
             "seconds": round(seconds, 4),
         }

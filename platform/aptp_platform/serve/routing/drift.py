@@ -11,7 +11,8 @@ from dataclasses import dataclass
 def js_distance(first: Sequence[float], second: Sequence[float]) -> float:
     """Jensen-Shannon distance of two distributions over the same outcomes, in bits: 0 if equal, 1 if disjoint.
 
-    sqrt((KL(p, m) + KL(q, m)) / 2) with m = (p + q) / 2 (Endres and Schindelin 2003).
+    sqrt((KL(p, m) + KL(q, m)) / 2) with m = (p + q) / 2 (Endres and Schindelin 2003). scipy's
+    `jensenshannon` is NaN where rounding makes that sum negative, as it does for nearly equal distributions.
     """
 
     def divergence(p: Sequence[float]) -> float:

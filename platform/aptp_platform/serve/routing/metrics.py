@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from aptp_platform.serve.messages import Choice, Picture
+from aptp_platform.serve.messages import Choice, ImageResult
 from aptp_platform.serve.routing.drift import Drift
 
 _SECONDS: Final = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
@@ -23,9 +23,9 @@ class RouterMetrics:
     """What a router replica counts."""
 
     def __init__(self) -> None:
-        self._requests = Counter("aptp_requests_total", "Orders by how they ended.", _keys("expert", "outcome"))
-        self._routes = Counter("aptp_route_total", "Orders by code, and why they went there.", _keys("code", "reason"))
-        self._overflow = Counter("aptp_overflow_total", "Orders that went to a neighbour code.", _keys("from", "to"))
+        self._requests = Counter("aptp_requests_total", "Requests by outcome.", _keys("expert", "outcome"))
+        self._routes = Counter("aptp_route_total", "Requests by code and reason.", _keys("code", "reason"))
+        self._overflow = Counter("aptp_overflow_total", "Requests that went to a neighbour code.", _keys("from", "to"))
         self._margin = Histogram("aptp_route_confidence", "Nearest similarity minus the second.", _MARGINS)
         self._latency = Histogram("aptp_request_latency_seconds", "By phase.", _SECONDS, _keys("expert", "phase"))
         self._macs = Counter("aptp_macs_total", "Multiply-adds of the UNet, guidance included.", ("expert",))
@@ -40,9 +40,9 @@ class RouterMetrics:
         if choice.reason == "overflow":
             self._overflow.inc(tags={"from": choice.routed, "to": choice.model})
 
-    def made(self, choice: Choice, picture: Picture, macs: float) -> None:
-        """macs: of the picture."""
-        for phase, milliseconds in (("queue", picture.queue_ms), ("denoise", picture.denoise_ms)):
+    def made(self, choice: Choice, image: ImageResult, macs: float) -> None:
+        """macs: of the image."""
+        for phase, milliseconds in (("queue", image.queue_ms), ("denoise", image.denoise_ms)):
             self._latency.observe(milliseconds / 1e3, tags={"expert": choice.model, "phase": phase})
         self._macs.inc(macs, tags={"expert": choice.model})
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from aptp.router import Router
-from aptp_platform.serve.messages import AUTO, Catalog, Order, Refusal
+from aptp_platform.serve.messages import AUTO, ApiError, Catalog, GenerationRequest
 from aptp_platform.serve.release_source import ReleaseSource
 from aptp_platform.serve.routing.decision_log import prompt_digest
-from aptp_platform.serve.routing.selection import Found, Situation, choose, find
+from aptp_platform.serve.routing.prompt_cache import PromptScores, score_prompts
+from aptp_platform.serve.routing.selection import Situation, choose
 
 _BATCH = 256
 _READ = (
@@ -27,8 +28,8 @@ _READ = (
 class Replay:
     """Sums over the decisions that could be replayed.
 
-    moves: orders by (code then, code now). macs_*: multiply-adds of their images. unknown_*: orders with an unknown
-    prompt. hashed: left out, since their prompt is not known. refused: orders that the other release does not serve.
+    moves: requests by (code then, code now). macs_*: multiply-adds of their images. unknown_*: requests with an unknown
+    prompt. hashed: left out, since their prompt is not known. refused: requests that the other release does not serve.
     broken: lines that are none.
     """
 
@@ -48,7 +49,7 @@ class Replay:
 
     @property
     def changed(self) -> int:
-        """Orders whose code is another one."""
+        """Requests whose code is another one."""
         return sum(count for (then, now), count in self.moves.items() if then != now)
 
     def lines(self) -> list[str]:
@@ -89,19 +90,21 @@ def replay(places: Sequence[Path], source: ReleaseSource, prompts: Iterable[str]
     decisions = _readable(_lines(places, result), known, result)
     while batch := list(islice(decisions, _BATCH)):
         texts = list(dict.fromkeys(prompt for prompt, _ in batch))
-        found = dict(zip(texts, find(router, texts, catalog.familiar), strict=True))
+        scores = dict(zip(texts, score_prompts(router, texts, catalog.familiar), strict=True))
         for prompt, line in batch:
-            _compare(line, prompt, found[prompt], catalog, result)
+            _compare(line, prompt, scores[prompt], catalog, result)
     return result
 
 
-def _compare(line: dict[str, Any], prompt: str, found: Found, catalog: Catalog, result: Replay) -> None:
+def _compare(line: dict[str, Any], prompt: str, scores: PromptScores, catalog: Catalog, result: Replay) -> None:
     steps, images = line["num_inference_steps"], line["images"]
     model = line["model"] if line["reason"] == "asked" else AUTO
-    order = Order(prompt, tuple(range(images)), steps, 0.0, catalog.size, model=model, budget=line["budget"])
+    request = GenerationRequest(
+        prompt, tuple(range(images)), steps, 0.0, catalog.size, model=model, budget=line["budget"]
+    )
     try:
-        choice = choose(order, found, Situation(catalog, dict.fromkeys((each.name for each in catalog.models), 1)))
-    except Refusal:
+        choice = choose(request, scores, Situation(catalog, dict.fromkeys((each.name for each in catalog.models), 1)))
+    except ApiError:
         result.refused += 1
         return
     result.moves[line["routed"], choice.routed] += 1

@@ -1,4 +1,4 @@
-"""The deployment between ingress and experts: encodes prompts in batches, picks each order's model, sees it through."""
+"""The deployment between ingress and experts: encodes prompts in batches and selects each request's model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ from aptp.release import Release
 from aptp.router import Router as PromptRouter
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.cpu.packing import pack_weights
-from aptp_platform.serve.messages import TEACHER, Accepted, Catalog, Choice, CodeMap, ModelLoad, Order, Picture, Refusal
+from aptp_platform.serve.messages import (
+    TEACHER,
+    Accepted,
+    ApiError,
+    Catalog,
+    Choice,
+    CodeMap,
+    GenerationRequest,
+    ImageResult,
+    ModelLoad,
+)
 from aptp_platform.serve.release_source import ReleaseSource
 from aptp_platform.serve.replicas import ReplicaCounts
 from aptp_platform.serve.retries import call, call_stream
 from aptp_platform.serve.routing.decision_log import DecisionLog
 from aptp_platform.serve.routing.drift import DriftMonitor
 from aptp_platform.serve.routing.metrics import RouterMetrics
-from aptp_platform.serve.routing.prompt_cache import Finder
+from aptp_platform.serve.routing.prompt_cache import RoutingCache, score_prompts
 from aptp_platform.serve.routing.routing_map import code_map
-from aptp_platform.serve.routing.selection import Situation, decide, find
+from aptp_platform.serve.routing.selection import Situation, decide
 
 _SMOOTHING: Final = 0.2  # weight of the newest image in a model's mean step time
 _OTHER_REPLICA_S: Final = 1.0  # in which a model's replica of this release is found, if there is one
@@ -57,7 +67,7 @@ class Router:
         torch.set_num_threads(args.router.num_threads or max(1, int(args.router.num_cpus)))
         self._catalog, self._args, self._experts, self._batch_sizes = catalog, args.router, experts, dict(batch_bounds)
         self._prompts = load_prompt_router(source.for_router())
-        self._find = Finder(lambda prompts: find(self._prompts, prompts, catalog.familiar))
+        self._score = RoutingCache(lambda prompts: score_prompts(self._prompts, prompts, catalog.familiar))
         self._running: Counter[str] = Counter()  # images of each model
         self._steps: Counter[str] = Counter()  # denoising steps of those images
         self._step_ms: dict[str, float] = {}
@@ -88,33 +98,33 @@ class Router:
     async def _wake_call(self, handle: DeploymentHandle[Any], patience_s: float) -> None:
         await call(lambda: handle.wake.remote(self._catalog.release), attempts=1, patience_s=patience_s)
 
-    async def route(self, order: Order) -> Choice:
-        """The model that the order would go to now."""
-        choice = await self._decide(order)
-        if isinstance(choice, Refusal):
+    async def route(self, request: GenerationRequest) -> Choice:
+        """The model that the request would go to now."""
+        choice = await self._decide(request)
+        if isinstance(choice, ApiError):
             raise choice
         return choice
 
-    async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
-        """The order's images, one a seed."""
-        choice = await self.route(order)
-        with self._accounted(order, choice):
-            if len(order.seeds) == 1:
-                return choice, [await self._picture(order, choice, order.seeds[0])]
-            tasks = [asyncio.ensure_future(self._picture(order, choice, seed)) for seed in order.seeds]
+    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]:
+        """The request's images, one per seed."""
+        choice = await self.route(request)
+        with self._accounted(request, choice):
+            if len(request.seeds) == 1:
+                return choice, [await self._image(request, choice, request.seeds[0])]
+            tasks = [asyncio.ensure_future(self._image(request, choice, seed)) for seed in request.seeds]
             try:
                 return choice, await asyncio.gather(*tasks)
             finally:  # after a failure nobody wants the others
                 for task in tasks:
                     task.cancel()
 
-    async def stream(self, order: Order) -> AsyncIterator[Choice | Picture]:
-        """The choice, as soon as its model has accepted the order; previews; the image of the first seed."""
-        choice = await self.route(order)
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult]:
+        """The choice, as soon as its model has accepted the request; previews; the image of the first seed."""
+        choice = await self.route(request)
         handle = self._experts[choice.model].options(stream=True)
-        with self._accounted(order, choice):
+        with self._accounted(request, choice):
             async for item in call_stream(
-                lambda: handle.stream.remote(order, order.seeds[0], self._catalog.release),
+                lambda: handle.stream.remote(request, request.seeds[0], self._catalog.release),
                 attempts=self._args.attempts,
                 drain_s=self._drain_s(choice.model),
                 patience_s=_OTHER_REPLICA_S,
@@ -123,7 +133,7 @@ class Router:
                     yield choice
                     continue
                 if item.preview is None:
-                    self._learn(order, choice, item)
+                    self._learn(request, choice, item)
                 yield item
 
     async def loads(self) -> dict[str, ModelLoad]:
@@ -146,42 +156,42 @@ class Router:
             self._map = await asyncio.to_thread(code_map, self._prompts, self._samples)
         return self._map
 
-    async def _picture(self, order: Order, choice: Choice, seed: int) -> Picture:
+    async def _image(self, request: GenerationRequest, choice: Choice, seed: int) -> ImageResult:
         handle = self._experts[choice.model]
-        picture: Picture = await call(
-            lambda: handle.generate.remote(order, seed, self._catalog.release),
+        image: ImageResult = await call(
+            lambda: handle.generate.remote(request, seed, self._catalog.release),
             attempts=self._args.attempts,
             drain_s=self._drain_s(choice.model),
             patience_s=_OTHER_REPLICA_S,
         )
-        self._learn(order, choice, picture)
-        return picture
+        self._learn(request, choice, image)
+        return image
 
-    def _learn(self, order: Order, choice: Choice, picture: Picture) -> None:
-        step_ms = picture.denoise_ms / order.num_inference_steps
+    def _learn(self, request: GenerationRequest, choice: Choice, image: ImageResult) -> None:
+        step_ms = image.denoise_ms / request.num_inference_steps
         known = self._step_ms.setdefault(choice.model, step_ms)
         self._step_ms[choice.model] = known + _SMOOTHING * (step_ms - known)
-        self._batch_limits[choice.model] = self._batch_sizes[choice.model] = picture.batch_limit
-        self._metrics.made(choice, picture, self._catalog.macs_of(order, choice.macs) / len(order.seeds))
+        self._batch_limits[choice.model] = self._batch_sizes[choice.model] = image.batch_limit
+        self._metrics.made(choice, image, self._catalog.macs_of(request, choice.macs) / len(request.seeds))
 
     def _drain_s(self, model: str) -> float:
-        """Seconds until the images that are ordered of this model now should be done."""
+        """Seconds until the images now requested of this model should be done."""
         steps_ms = self._steps[model] * self._step_ms.get(model, 0.0)
         return min(max(1.0, steps_ms / self._batch_sizes[model] / 1e3), _MAX_RETRY_AFTER_S)
 
     @contextmanager
-    def _accounted(self, order: Order, choice: Choice) -> Iterator[None]:
-        """Counts an order while it runs, and says how it ended."""
-        model, images, started = choice.model, len(order.seeds), time.monotonic()
+    def _accounted(self, request: GenerationRequest, choice: Choice) -> Iterator[None]:
+        """Counts a request while it runs, and says how it ended."""
+        model, images, started = choice.model, len(request.seeds), time.monotonic()
         self._running[model] += images
-        self._steps[model] += images * order.num_inference_steps
+        self._steps[model] += images * request.num_inference_steps
         drift = self._drift.observe(self._code_indices[choice.routed], unknown=bool(choice.unknown))
         self._metrics.routed(choice, drift)
         outcome = "failed"
         try:
             yield
             outcome = "ok"
-        except Refusal:
+        except ApiError:
             outcome = "refused"
             raise
         except (asyncio.CancelledError, GeneratorExit):
@@ -189,17 +199,17 @@ class Router:
             raise
         finally:
             self._running[model] -= images
-            self._steps[model] -= images * order.num_inference_steps
+            self._steps[model] -= images * request.num_inference_steps
             seconds = time.monotonic() - started
             self._metrics.ended(choice, outcome, seconds)
-            self._decisions.write(order, choice, outcome, seconds)
+            self._decisions.write(request, choice, outcome, seconds)
 
     @serve.batch  # type: ignore[untyped-decorator, unused-ignore]
-    async def _decide(self, orders: list[Order]) -> list[Choice | Refusal]:
-        found = await self._find([order.prompt for order in orders])
+    async def _decide(self, requests: list[GenerationRequest]) -> list[Choice | ApiError]:
+        scores = await self._score([request.prompt for request in requests])
         loads = await self.loads()
         situation = Situation(self._catalog, self._batch_sizes, loads, self._args.target_ms)
-        choices = decide(orders, found, situation)
+        choices = decide(requests, scores, situation)
         for choice in choices:
             if isinstance(choice, Choice) and choice.reason == "cold":
                 self._wake(choice.routed)
@@ -209,7 +219,7 @@ class Router:
         """Starts a replica of a code that has none, while its neighbours serve it."""
 
         async def wake() -> None:
-            with suppress(Refusal):
+            with suppress(ApiError):
                 await self._wake_call(self._experts[model], patience_s=0.0)
             del self._waking[model]
 

@@ -8,7 +8,7 @@ import torch
 
 from aptp.router import Router
 from aptp_platform.serve.messages import CodeMap, MappedPrompt
-from aptp_platform.serve.routing.selection import find
+from aptp_platform.serve.routing.prompt_cache import score_prompts
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def code_map(router: Router, prompts: Sequence[str]) -> CodeMap:
             axes[axis], lengths[axis] = vectors[:, index], values[index].sqrt()
     projection = axes @ centring / lengths.clamp(min=1e-9)[:, None]
     offset = gram.mean(0) + router.bias.double().cpu()
-    found = find(router, prompts, None) if prompts else []
+    found = score_prompts(router, prompts, None) if prompts else []
     similarities = torch.tensor([each.similarities for each in found], dtype=gram.dtype).reshape(len(found), count)
     places = ((similarities - offset) @ projection.T).tolist()
     return CodeMap(

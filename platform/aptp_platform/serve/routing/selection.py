@@ -1,4 +1,4 @@
-"""Which model an order goes to: a pure decision over the router's similarities, the release's facts and the load."""
+"""Which model a request goes to: a pure function of the router's similarities, the release's facts and the load."""
 
 from __future__ import annotations
 
@@ -6,30 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from aptp.router import Router
-from aptp_platform.serve.messages import AUTO, TEACHER, Catalog, Choice, ModelFacts, ModelLoad, Order, Reason, Refusal
+from aptp_platform.serve.messages import (
+    AUTO,
+    TEACHER,
+    ApiError,
+    Catalog,
+    Choice,
+    GenerationRequest,
+    ModelFacts,
+    ModelLoad,
+    Reason,
+)
 from aptp_platform.serve.routing.overflow import place
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the router says of a prompt. similarities: to each code, in the catalog's order."""
-
-    similarities: tuple[float, ...]
-    familiarity: float | None = None
-    unknown: bool | None = None
-
-
-def find(router: Router, prompts: Sequence[str], familiar: float | None) -> list[Found]:
-    """What the router says of each prompt; familiar: as in `Catalog`."""
-    assert router.encoder is not None  # a release without one is not published
-    embeddings = router.encoder.encode(prompts).to(router.bias.device)
-    similarities = router.route_embeddings(embeddings).similarities.tolist()
-    familiarity = router.familiarity(embeddings).tolist()
-    return [
-        Found(tuple(row), known, None if familiar is None else known < familiar)
-        for row, known in zip(similarities, familiarity, strict=True)
-    ]
+from aptp_platform.serve.routing.prompt_cache import PromptScores
 
 
 @dataclass(frozen=True)
@@ -56,16 +45,16 @@ class Situation:
         """Whether a model has no replica now."""
         return self.load(name).replicas == 0
 
-    def room(self, order: Order, model: ModelFacts) -> float:
-        """How many more images like the order's a model takes before one would miss the target."""
+    def room(self, request: GenerationRequest, model: ModelFacts) -> float:
+        """How many more images like the request's a model takes before one would miss the target."""
         if self.is_cold(model.name):
             return 0.0
-        alone = self.alone_ms(order, model)
+        alone = self.alone_ms(request, model)
         if self.target_ms is None or not alone:
             return inf
         return max(0.0, self.slots(model.name) * (self.target_ms // alone) - self.load(model.name).running)
 
-    def alone_ms(self, order: Order, model: ModelFacts) -> float | None:
+    def alone_ms(self, request: GenerationRequest, model: ModelFacts) -> float | None:
         """Milliseconds to one image without a queue.
 
         A model that was not timed yet is taken to be as fast for its MACs as those that were; None before any was.
@@ -75,60 +64,64 @@ class Situation:
             return None
         rates = [step_ms / self.catalog.find(name).ratio for name, step_ms in timed.items()]
         step_ms = timed.get(model.name, model.ratio * sum(rates) / len(rates))
-        return order.num_inference_steps * step_ms
+        return request.num_inference_steps * step_ms
 
-    def expected_ms(self, order: Order, model: ModelFacts) -> float | None:
+    def expected_ms(self, request: GenerationRequest, model: ModelFacts) -> float | None:
         """Milliseconds to one image, behind all the steps that are ordered before it if no place is free."""
-        alone, load, slots = self.alone_ms(order, model), self.load(model.name), self.slots(model.name)
+        alone, load, slots = self.alone_ms(request, model), self.load(model.name), self.slots(model.name)
         if alone is None or load.running < slots:
             return alone
-        return alone * (1 + load.steps / slots / order.num_inference_steps)
+        return alone * (1 + load.steps / slots / request.num_inference_steps)
 
 
-def decide(orders: Sequence[Order], found: Sequence[Found], situation: Situation) -> list[Choice | Refusal]:
-    """The choices of orders that arrived together; those that leave the model to the router share the codes' room."""
-    free = [i for i, o in enumerate(orders) if o.model == AUTO and o.budget is None and o.deadline_ms is None]
+def decide(
+    requests: Sequence[GenerationRequest], scores: Sequence[PromptScores], situation: Situation
+) -> list[Choice | ApiError]:
+    """The choices of requests that arrived together; those that leave the model to the router share the codes' room."""
+    free = [i for i, o in enumerate(requests) if o.model == AUTO and o.budget is None and o.deadline_ms is None]
     homes: dict[int, ModelFacts] = {}
     if free:
         codes = situation.catalog.codes
-        rooms = [min(situation.room(orders[index], code) for index in free) for code in codes]
-        placed = place([found[index].similarities for index in free], [code.ratio for code in codes], rooms)
+        rooms = [min(situation.room(requests[index], code) for index in free) for code in codes]
+        placed = place([scores[index].similarities for index in free], [code.ratio for code in codes], rooms)
         homes = {index: codes[code] for index, code in zip(free, placed, strict=True)}
-    answers: list[Choice | Refusal] = []
-    for index, order in enumerate(orders):
+    answers: list[Choice | ApiError] = []
+    for index, request in enumerate(requests):
         try:
-            answers.append(choose(order, found[index], situation, homes.get(index)))
-        except Refusal as refusal:
-            answers.append(refusal)
+            answers.append(choose(request, scores[index], situation, homes.get(index)))
+        except ApiError as error:
+            answers.append(error)
     return answers
 
 
-def choose(order: Order, found: Found, situation: Situation, placed: ModelFacts | None = None) -> Choice:
-    """The model of an order.
+def choose(
+    request: GenerationRequest, scores: PromptScores, situation: Situation, placed: ModelFacts | None = None
+) -> Choice:
+    """The model of a request.
 
     A model that was asked for is taken, if it fits. Under a budget or a deadline it is the largest model that fits, of
-    equally large ones the nearest to the prompt. Else it is the nearest code, or where `decide` placed the order.
+    equally large ones the nearest to the prompt. Else it is the nearest code, or where `decide` placed the request.
 
     Raises:
-        Refusal: 404 when this release has no such model (during a rollout the ingress may know one that has), 422 when
+        ApiError: 404 when this release has no such model (during a rollout the ingress may know one that has), 422 when
             no model can fit, with the cheapest offer; 429 when one could if its queue were shorter.
     """
-    catalog, similarities = situation.catalog, found.similarities
+    catalog, similarities = situation.catalog, scores.similarities
     ranked = sorted(similarities, reverse=True)
     routed = catalog.codes[similarities.index(ranked[0])]
-    candidates = [model for model in catalog.models if order.model in (AUTO, model.name)]
+    candidates = [model for model in catalog.models if request.model in (AUTO, model.name)]
     if not candidates:
-        raise Refusal(404, f"The model {order.model!r} does not exist.", code="model_not_found", param="model")
-    reason: Reason = "routed" if order.model == AUTO else "asked"
-    chosen = routed if order.model == AUTO else candidates[0]
+        raise ApiError(404, f"The model {request.model!r} does not exist.", code="model_not_found", param="model")
+    reason: Reason = "routed" if request.model == AUTO else "asked"
+    chosen = routed if request.model == AUTO else candidates[0]
     if placed is not None and placed != routed:
         chosen, reason = placed, "cold" if situation.is_cold(routed.name) else "overflow"
-    if order.budget is not None or order.deadline_ms is not None:
-        fitting = _within_deadline(order, _within_budget(order, candidates), situation)
+    if request.budget is not None or request.deadline_ms is not None:
+        fitting = _within_deadline(request, _within_budget(request, candidates), situation)
         nearness = {code.name: value for code, value in zip(catalog.codes, similarities, strict=True)}
         chosen = max(fitting, key=lambda model: (round(model.ratio, 2), nearness.get(model.name, ranked[0])))
-        if order.model == AUTO:
-            reason = "budget" if order.deadline_ms is None else "deadline"
+        if request.model == AUTO:
+            reason = "budget" if request.deadline_ms is None else "deadline"
     return Choice(
         model=chosen.name,
         routed=routed.name,
@@ -137,39 +130,41 @@ def choose(order: Order, found: Found, situation: Situation, placed: ModelFacts 
         margin=ranked[0] - ranked[1] if len(ranked) > 1 else 0.0,
         ratio=chosen.ratio,
         macs=chosen.macs,
-        expected_ms=situation.expected_ms(order, chosen),
-        familiarity=found.familiarity,
-        unknown=found.unknown,
+        expected_ms=situation.expected_ms(request, chosen),
+        familiarity=scores.familiarity,
+        unknown=scores.unknown,
     )
 
 
-def _within_budget(order: Order, candidates: Sequence[ModelFacts]) -> Sequence[ModelFacts]:
-    if order.budget is None:
+def _within_budget(request: GenerationRequest, candidates: Sequence[ModelFacts]) -> Sequence[ModelFacts]:
+    if request.budget is None:
         return candidates
-    fitting = [model for model in candidates if model.ratio <= order.budget + 1e-9]
+    fitting = [model for model in candidates if model.ratio <= request.budget + 1e-9]
     if not fitting:
         cheapest = min(candidates, key=lambda model: model.ratio)
         message = (
-            f"No model fits 'budget' {order.budget:g}: the cheapest is {cheapest.name} at {cheapest.ratio:.3f} of the "
-            f"{TEACHER}'s MACs."
+            f"No model fits 'budget' {request.budget:g}: the cheapest is {cheapest.name} at {cheapest.ratio:.3f} of "
+            f"the {TEACHER}'s MACs."
         )
-        raise Refusal(422, message, code="budget_infeasible", param="budget", retry=False)
+        raise ApiError(422, message, code="budget_infeasible", param="budget", retry=False)
     return fitting
 
 
-def _within_deadline(order: Order, candidates: Sequence[ModelFacts], situation: Situation) -> Sequence[ModelFacts]:
-    limit = order.deadline_ms
+def _within_deadline(
+    request: GenerationRequest, candidates: Sequence[ModelFacts], situation: Situation
+) -> Sequence[ModelFacts]:
+    limit = request.deadline_ms
     if limit is None:
         return candidates
-    expected = {model.name: situation.expected_ms(order, model) or 0.0 for model in candidates}
+    expected = {model.name: situation.expected_ms(request, model) or 0.0 for model in candidates}
     fitting = [model for model in candidates if expected[model.name] <= limit]
     if fitting:
         return fitting
     soonest = min(candidates, key=lambda model: expected[model.name])
     wait_ms = expected[soonest.name]
     message = f"No model meets 'deadline_ms' {limit:g}: the soonest is {soonest.name} in about {wait_ms:.0f} ms."
-    if any((situation.alone_ms(order, model) or 0.0) <= limit for model in candidates):
-        raise Refusal(
+    if any((situation.alone_ms(request, model) or 0.0) <= limit for model in candidates):
+        raise ApiError(
             429, message, code="deadline_infeasible", param="deadline_ms", retry_after_s=(wait_ms - limit) / 1e3
         )
-    raise Refusal(422, message, code="deadline_infeasible", param="deadline_ms", retry=False)
+    raise ApiError(422, message, code="deadline_infeasible", param="deadline_ms", retry=False)

@@ -18,7 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from aptp_platform.serve.engine.batch_size import saturating_batch
+from aptp_platform.serve.engine.batch_size import best_batch_size
 from aptp_platform.serve.engine.batching import Cycle, EngineFullError, StepEngine, TooLateError
 from aptp_platform.serve.engine.denoising import Denoiser, SampleSpec
 from tests.support.tiny_pipeline import build_pipeline
@@ -232,12 +232,12 @@ class Clocked:
 )
 def test_the_batch_that_saturates_is_found(denoiser: Denoiser, seconds: Any, largest: int, found: int) -> None:
     clocked: Any = Clocked(denoiser, seconds)
-    assert saturating_batch(clocked, (16, 16), largest=largest, seconds=30) == found
+    assert best_batch_size(clocked, (16, 16), largest=largest, seconds=30) == found
 
 
 def test_measuring_keeps_to_its_time_and_survives_a_full_memory(denoiser: Denoiser) -> None:
     slow: Any = Clocked(denoiser, lambda batch: 0.05)
-    assert saturating_batch(slow, (16, 16), largest=64, seconds=0.01) == 1
+    assert best_batch_size(slow, (16, 16), largest=64, seconds=0.01) == 1
     assert slow.batches == [1]
 
     def full(batch: int) -> float:
@@ -246,7 +246,7 @@ def test_measuring_keeps_to_its_time_and_survives_a_full_memory(denoiser: Denois
         return 0.01
 
     small: Any = Clocked(denoiser, full)
-    assert saturating_batch(small, (16, 16), largest=64, seconds=30) == 2
+    assert best_batch_size(small, (16, 16), largest=64, seconds=30) == 2
 
 
 def test_a_cancelled_request_leaves_at_the_next_step(denoiser: Denoiser) -> None:
@@ -268,8 +268,8 @@ def test_a_cancelled_request_leaves_at_the_next_step(denoiser: Denoiser) -> None
 
 def test_previews_come_before_the_image_and_do_not_change_it(denoiser: Denoiser) -> None:
     async def use(engine: StepEngine) -> list[Any]:
-        with engine.submit(replace(CAT, num_previews=3)) as ticket:
-            return [image async for image in ticket.images()]
+        with engine.submit(replace(CAT, num_previews=3)) as handle:
+            return [image async for image in handle.images()]
 
     images = run(denoiser, use)
     assert [image.preview for image in images] == [0, 1, 2, None]

@@ -1,4 +1,4 @@
-"""One expert by itself: which orders it turns away, in words, and that it makes the same image again."""
+"""One expert by itself: which requests it turns away, in words, and that it makes the same image again."""
 
 import asyncio
 import time
@@ -11,12 +11,12 @@ import pytest
 
 from aptp_platform.serve.args import ExpertArgs
 from aptp_platform.serve.engine.expert import Expert
-from aptp_platform.serve.messages import RELEASE_CHANGING, Catalog, Order, Picture, Refusal
+from aptp_platform.serve.messages import RELEASE_CHANGING, ApiError, Catalog, GenerationRequest, ImageResult
 from aptp_platform.serve.release_source import ReleaseSource
 from tests.support.tiny_release import build_release
 
-ORDER = Order("a red cat", (1,), num_inference_steps=3, guidance_scale=3.0, size=(16, 16))
-LONG = replace(ORDER, num_inference_steps=90)
+REQUEST = GenerationRequest("a red cat", (1,), num_inference_steps=3, guidance_scale=3.0, size=(16, 16))
+LONG = replace(REQUEST, num_inference_steps=90)
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +35,21 @@ def run(source: ReleaseSource, use: Callable[[Expert, Catalog], Awaitable[Any]],
     return asyncio.run(main())
 
 
-def test_an_order_that_is_run_again_is_the_same_image_byte_for_byte(source: ReleaseSource) -> None:
-    async def use(expert: Expert, catalog: Catalog) -> list[Picture]:
-        return [await expert.generate(ORDER, 1, catalog.release) for _ in range(2)]
+def test_a_request_that_is_run_again_is_the_same_image_byte_for_byte(source: ReleaseSource) -> None:
+    async def use(expert: Expert, catalog: Catalog) -> list[ImageResult]:
+        return [await expert.generate(REQUEST, 1, catalog.release) for _ in range(2)]
 
     first, second = run(source, use, max_batch_size="auto", largest_batch=4, measure_s=0.5)
     assert first.data == second.data
     assert 1 <= first.batch_limit <= 4, "measured"
 
 
-def test_an_order_that_expired_in_the_queue_is_told_so_and_not_begun(source: ReleaseSource) -> None:
+def test_a_request_that_expired_in_the_queue_is_told_so_and_not_begun(source: ReleaseSource) -> None:
     async def use(expert: Expert, catalog: Catalog) -> None:
         long = asyncio.ensure_future(expert.generate(LONG, 1, catalog.release))
         await asyncio.sleep(0.05)
-        with pytest.raises(Refusal) as caught:
-            await expert.generate(replace(ORDER, expires=time.time() + 0.05), 1, catalog.release)
+        with pytest.raises(ApiError) as caught:
+            await expert.generate(replace(REQUEST, expires=time.time() + 0.05), 1, catalog.release)
         assert (caught.value.status, caught.value.code, caught.value.retry) == (504, "deadline_exceeded", False)
         assert not long.done()
         assert (await long).preview is None
@@ -59,15 +59,15 @@ def test_an_order_that_expired_in_the_queue_is_told_so_and_not_begun(source: Rel
 
 def test_a_full_replica_and_another_release_are_turned_away(source: ReleaseSource) -> None:
     async def use(expert: Expert, catalog: Catalog) -> None:
-        with pytest.raises(Refusal) as caught:
-            await expert.generate(ORDER, 1, "another")
+        with pytest.raises(ApiError) as caught:
+            await expert.generate(REQUEST, 1, "another")
         assert (caught.value.status, caught.value.code) == (503, RELEASE_CHANGING)
-        orders = [asyncio.ensure_future(expert.generate(LONG, seed, catalog.release)) for seed in range(3)]
+        requests = [asyncio.ensure_future(expert.generate(LONG, seed, catalog.release)) for seed in range(3)]
         await asyncio.sleep(0.05)
-        with pytest.raises(Refusal) as caught:
-            await orders[2]
+        with pytest.raises(ApiError) as caught:
+            await requests[2]
         assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
         assert (caught.value.retry_after_s or 0) >= 1
-        await asyncio.gather(*orders[:2])
+        await asyncio.gather(*requests[:2])
 
     run(source, use)

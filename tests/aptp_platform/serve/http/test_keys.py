@@ -11,17 +11,18 @@ import pytest
 
 from aptp_platform.serve.args import KeyArgs, ServeArgs
 from aptp_platform.serve.http.ingress import create_app
-from aptp_platform.serve.http.keys import VARIABLE, Doorkeeper, MacsBucket, make_key, read_keys
+from aptp_platform.serve.http.keys import VARIABLE, ApiKeyAuth, make_key, read_keys
+from aptp_platform.serve.http.limits import MacsBucket
 from aptp_platform.serve.messages import (
     TEACHER,
+    ApiError,
     Catalog,
     Choice,
     CodeMap,
+    GenerationRequest,
+    ImageResult,
     ModelFacts,
     ModelLoad,
-    Order,
-    Picture,
-    Refusal,
 )
 
 MODELS = (ModelFacts("code-00", 0.5, 5e8, 10, 1.0), ModelFacts(TEACHER, 1.0, 1e9, None, None))
@@ -30,22 +31,22 @@ IMAGE = {"prompt": "a cat", "num_inference_steps": 10, "guidance_scale": 0}  # t
 
 
 class CheapGateway:
-    """Sends every order to code-00, or refuses it, without making anything."""
+    """Sends every request to code-00, or refuses it, without making anything."""
 
     refuses = 0  # with this status
 
-    async def route(self, order: Order) -> Choice:
+    async def route(self, request: GenerationRequest) -> Choice:
         if self.refuses:
-            raise Refusal(self.refuses, "no", code="no")
+            raise ApiError(self.refuses, "no", code="no")
         return Choice("code-00", "code-00", "routed", (1.0,), 0.0, 0.5, 5e8)
 
-    async def generate(self, order: Order) -> tuple[Choice, list[Picture]]:
-        return await self.route(order), [Picture(b"", seed, 1, 0.0, 0.0, 1) for seed in order.seeds]
+    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]:
+        return await self.route(request), [ImageResult(b"", seed, 1, 0.0, 0.0, 1) for seed in request.seeds]
 
-    async def stream(self, order: Order) -> AsyncIterator[Choice | Picture]:
-        choice, pictures = await self.generate(order)
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult]:
+        choice, images = await self.generate(request)
         yield choice
-        yield pictures[0]
+        yield images[0]
 
     async def loads(self) -> dict[str, ModelLoad]:
         return {}
@@ -54,12 +55,12 @@ class CheapGateway:
         return CodeMap(((0.0, 0.0),), (), ((0.0,), (0.0,)), (0.0,))
 
 
-def door(args: KeyArgs, entries: Any = (), *, loopback: bool = False) -> Doorkeeper:
+def door(args: KeyArgs, entries: Any = (), *, loopback: bool = False) -> ApiKeyAuth:
     environment = {VARIABLE: json.dumps([entry.model_dump() for entry in entries])}
-    return Doorkeeper(args, CATALOG, environment, listens_on_loopback=loopback)
+    return ApiKeyAuth(args, CATALOG, environment, listens_on_loopback=loopback)
 
 
-def ask(keeper: Doorkeeper, *calls: tuple[str, str, Any], gateway: Any = None) -> list[httpx.Response]:
+def ask(keeper: ApiKeyAuth, *calls: tuple[str, str, Any], gateway: Any = None) -> list[httpx.Response]:
     """Answers to (path, key, body); a body of None is a GET."""
 
     async def main() -> list[httpx.Response]:
@@ -79,7 +80,7 @@ def ask(keeper: Doorkeeper, *calls: tuple[str, str, Any], gateway: Any = None) -
 def test_a_bucket_lets_in_at_its_rate_and_never_starves_a_large_order() -> None:
     now = 0.0
     bucket = MacsBucket(rate=10, burst=100, clock=lambda: now)
-    assert bucket.take(250) == 0, "anything is left, so the order is charged whole"
+    assert bucket.take(250) == 0, "anything is left, so the request is charged whole"
     assert bucket.take(1) == pytest.approx(15), "the seconds until the level is above zero"
     now = 15.5
     assert bucket.take(5) == 0
@@ -134,7 +135,7 @@ def test_a_limit_counts_the_multiply_adds_of_the_chosen_model() -> None:
 
 
 @pytest.mark.parametrize(("status", "free"), [(503, True), (429, True), (504, False)])
-def test_an_order_that_is_refused_costs_nothing_unless_it_was_tried(status: int, free: bool) -> None:
+def test_a_request_that_is_refused_costs_nothing_unless_it_was_tried(status: int, free: bool) -> None:
     token, entry = make_key("web", macs_per_second=1e3)
     keeper, gateway = door(KeyArgs(), [entry]), CheapGateway()
     gateway.refuses = status
@@ -154,7 +155,7 @@ def test_a_changed_file_counts_and_a_broken_one_changes_nothing(
     assert keeper.admit(f"Bearer {old}") == old_entry
     file.write_text(json.dumps([new_entry.model_dump()]))
     assert keeper.admit(f"Bearer {new}") == new_entry
-    with pytest.raises(Refusal):
+    with pytest.raises(ApiError):
         keeper.admit(f"Bearer {old}")
     file.write_text(f'[{{"name": "x", "sha256": "{new}"}}]')
     assert keeper.admit(f"Bearer {new}") == new_entry

@@ -1,4 +1,4 @@
-"""The wire format: legal bodies become orders; each illegal one gets its status, code and parameter."""
+"""The wire format: legal bodies become requests; each illegal one gets its status, code and parameter."""
 
 import json
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from aptp_platform.serve.args import ImageArgs
-from aptp_platform.serve.http.openai import ImageRequest, RouteRequest, error_body, parse_request, to_order
-from aptp_platform.serve.messages import TEACHER, Catalog, ModelFacts, Order, Refusal, code_name
+from aptp_platform.serve.http.openai import ImageRequest, RouteRequest, error_body, parse_request, to_generation_request
+from aptp_platform.serve.messages import TEACHER, ApiError, Catalog, GenerationRequest, ModelFacts, code_name
 
 CATALOG = Catalog(
     "0123456789ab",
@@ -21,26 +21,26 @@ CATALOG = Catalog(
 LIMITS = ImageArgs(sizes=("64x96",), max_images=4, max_prompt_chars=100)
 
 
-def order(body: Any) -> Order:
+def request(body: Any) -> GenerationRequest:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return to_order(parse_request(ImageRequest, data), LIMITS, CATALOG)
+    return to_generation_request(parse_request(ImageRequest, data), LIMITS, CATALOG)
 
 
-def refusal(body: Any) -> Refusal:
-    with pytest.raises(Refusal) as caught:
-        order(body)
+def refusal(body: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        request(body)
     return caught.value
 
 
 def test_a_prompt_is_enough() -> None:
-    made = order({"prompt": "a cat"})
+    made = request({"prompt": "a cat"})
     assert (made.model, made.size, made.num_inference_steps, made.guidance_scale) == ("auto", (64, 64), 25, 7.5)
     assert len(made.seeds) == 1
-    assert order({"prompt": "a cat"}).seeds != made.seeds, "seeds are drawn"
+    assert request({"prompt": "a cat"}).seeds != made.seeds, "seeds are drawn"
 
 
 def test_everything_openai_and_we_know_is_understood() -> None:
-    made = order(
+    made = request(
         {
             "prompt": "ein Käse 🧀\n\twith 'quotes'",
             "model": "code-01",
@@ -68,7 +68,7 @@ def test_everything_openai_and_we_know_is_understood() -> None:
 
 
 def test_null_means_absent() -> None:
-    assert order({"prompt": "a cat", "n": None, "size": None, "seed": None, "model": None}).size == (64, 64)
+    assert request({"prompt": "a cat", "n": None, "size": None, "seed": None, "model": None}).size == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_an_unknown_parameter_names_the_nearest() -> None:
 
 
 def test_a_route_request_orders_no_images() -> None:
-    made = to_order(parse_request(RouteRequest, b'{"prompt": "a cat", "budget": 0.6}'), LIMITS, CATALOG)
+    made = to_generation_request(parse_request(RouteRequest, b'{"prompt": "a cat", "budget": 0.6}'), LIMITS, CATALOG)
     assert (made.prompt, made.budget) == ("a cat", 0.6)
-    with pytest.raises(Refusal):
+    with pytest.raises(ApiError):
         parse_request(RouteRequest, b'{"prompt": "a cat", "n": 2}')
 
 

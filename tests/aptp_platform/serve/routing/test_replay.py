@@ -8,12 +8,13 @@ import pytest
 from aptp.release import Release
 from aptp.router import Router
 from aptp_platform.serve.args import DecisionArgs
-from aptp_platform.serve.messages import Choice, Order
+from aptp_platform.serve.messages import Choice, GenerationRequest
 from aptp_platform.serve.release_source import ReleaseSource
 from aptp_platform.serve.routing.decision_log import DecisionLog
 from aptp_platform.serve.routing.drift import DriftMonitor, js_distance
+from aptp_platform.serve.routing.prompt_cache import score_prompts
 from aptp_platform.serve.routing.replay import replay
-from aptp_platform.serve.routing.selection import Situation, choose, find
+from aptp_platform.serve.routing.selection import Situation, choose
 from tests.support.tiny_release import ANCHORS, build_release
 
 PROMPTS = (*ANCHORS, "zzz qqq 17 %%%", "red", "a very tall tower", "the sea", "cat cat cat")
@@ -22,6 +23,8 @@ PROMPTS = (*ANCHORS, "zzz qqq 17 %%%", "red", "a very tall tower", "the sea", "c
 def test_drift_is_none_at_the_training_shares_and_all_where_nothing_is_shared() -> None:
     assert js_distance([0.5, 0.5], [0.5, 0.5]) == 0
     assert js_distance([1, 0], [0, 1]) == 1
+    nearly = [0.1 + 1e-10, 0.2 - 1e-10, 0.3 + 1e-10, 0.4 - 1e-10]
+    assert js_distance([0.1, 0.2, 0.3, 0.4], nearly) == pytest.approx(0, abs=1e-7), "rounding gives no NaN"
     assert js_distance([1, 0], [0.5, 0.5]) == pytest.approx(
         math.sqrt((math.log2(1 / 0.75) + 0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 / 0.25)) / 2)
     )
@@ -51,10 +54,11 @@ def write_log(folder: Path, release: Release, *, plain: bool) -> list[Choice]:
     idle = Situation(catalog, dict.fromkeys((model.name for model in catalog.models), 1))
     log = DecisionLog(DecisionArgs(folder=str(folder), prompts="plain" if plain else "hashed"), catalog)
     choices = []
-    for prompt, found in zip(PROMPTS, find(Router.load(release.router_path), PROMPTS, catalog.familiar), strict=True):
-        order = Order(prompt, (1, 2), 4, 7.5, (16, 16))
-        choices.append(choose(order, found, idle))
-        log.write(order, choices[-1], "ok", 0.1)
+    scored = score_prompts(Router.load(release.router_path), PROMPTS, catalog.familiar)
+    for prompt, scores in zip(PROMPTS, scored, strict=True):
+        request = GenerationRequest(prompt, (1, 2), 4, 7.5, (16, 16))
+        choices.append(choose(request, scores, idle))
+        log.write(request, choices[-1], "ok", 0.1)
     return choices
 
 
