@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         draw_kept_blocks,
         hardest_prompts,
         kept_by_block,
-        rank_correlation,
         words_by_code,
     )
     from aptp.baselines import block_removal_code, magnitude_code, random_code, random_routing, uniform_code
@@ -90,7 +89,6 @@ _HOMES: Final = {
         "draw_kept_blocks",
         "hardest_prompts",
         "kept_by_block",
-        "rank_correlation",
         "words_by_code",
     ),
 }

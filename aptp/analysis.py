@@ -81,17 +81,6 @@ def hardest_prompts(
     return [(prompts[i], float(lost[i])) for i in order]
 
 
-def rank_correlation(x: Float[Tensor, " item"], y: Float[Tensor, " item"]) -> float:
-    """Spearman's rank correlation, ties sharing their mean rank; NaN if one side is constant."""
-
-    def ranks(values: Tensor) -> Tensor:
-        _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-        last = counts.cumsum(0).double()
-        return (last - (counts - 1) / 2)[inverse]
-
-    return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
-
-
 def kept_by_block(code: ArchitectureCode) -> dict[str, float]:
     """Of each block of layers (down_blocks.0, mid_block, ...), in the network's order, the share of channels kept.
 

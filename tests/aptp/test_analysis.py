@@ -1,14 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from aptp.analysis import (
     budget_by_group,
     draw_kept_blocks,
     hardest_prompts,
     kept_by_block,
-    rank_correlation,
     words_by_code,
 )
 from aptp.codes import ArchitectureCode
@@ -43,13 +41,6 @@ def test_the_hardest_prompt_is_the_one_that_lost_most_not_the_one_of_largest_los
     hardest = hardest_prompts(["a", "b", "c"], torch.tensor([0.9, 0.5, 0.2]), torch.tensor([0.9, 0.1, 0.1]), count=2)
     assert [prompt for prompt, _ in hardest] == ["b", "c"]
     assert hardest[0][1] == pytest.approx(0.4)
-
-
-def test_rank_correlation_agrees_with_scipys_with_ties():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        x, y = (torch.randint(0, 6, (30,), generator=generator).float() for _ in range(2))
-        assert rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
 
 
 def test_blocks_are_counted_by_the_channels_that_are_left():

@@ -17,9 +17,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
+from scipy.stats import bootstrap, spearmanr
 from torch import Tensor
 
-from aptp.analysis import rank_correlation
 from aptp.expert import load_expert, read_expert_info
 from aptp.metrics import Lite0, maximum_mean_discrepancy
 from aptp_platform.config import RunConfig
@@ -250,13 +250,13 @@ def _kind_facts(
     correlation = None
     if baseline is not None and len(table) > 2 and len({facts["routed_ratio"] for facts in table.values()}) > 1:
         columns = ([facts[name] for facts in table.values()] for name in ("routed_ratio", "baseline_extra_loss"))
-        correlation = rank_correlation(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+        correlation = float(spearmanr(*columns).statistic)
     return {"table": table, "rank_correlation": correlation}
 
 
 def _interval(values: Float[np.ndarray, " row"]) -> tuple[float, float]:
     """A bootstrap 95 % interval of the mean."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    if len(values) < 2:
+        return float(values[0]), float(values[0])
+    found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    return float(found.low), float(found.high)
