@@ -27,7 +27,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
 from aptp_platform.config import ConfigError
-from aptp_platform.data.encoded import choose_caption, latent_shape, read_part
+from aptp_platform.data.encoded import choose_caption, latent_shape, read_part, row_identity
 from aptp_platform.storage.store import Store
 from aptp_platform.train.source import LatentEncoder, Source
 
@@ -80,8 +80,8 @@ class Stream:
             raise ConfigError(f"{self.encoded.uri}: holds no row{of} to train on; run the stages before this one again")
 
     def batches(self, batch_size: int, start: int, stop: int, rank: int, ranks: int) -> Iterator[Rows]:
-        """Batches `start` to `stop` of this rank: latents (B, 4, h, w), embeddings (B, dim), captions (B), in half
-        precision.
+        """Batches `start` to `stop` of this rank: latents (B, 4, h, w) and embeddings (B, dim) in half precision,
+        captions (B), rows (B): the identity of each row, another one in each epoch.
 
         Args:
             batch_size: rows of all ranks together, a multiple of their number: B = batch_size / ranks.
@@ -135,7 +135,7 @@ class Stream:
     def read(self, window: int, size: int, columns: list[str]) -> list["_Drawn"]:
         """The rows of a window of some size, in their order, each with the caption of its epoch."""
         found = [
-            _Drawn(row, allowed[choose_caption(row["key"], len(allowed), epoch, self.seed)])
+            _Drawn(row, allowed[choose_caption(row["key"], len(allowed), epoch, self.seed)], epoch)
             for epoch, file, rows in self._pieces(window * size, (window + 1) * size)
             for row, allowed in _usable(self, self.parts[file].name, columns, rows)
         ]
@@ -159,6 +159,7 @@ class Stream:
 class _Drawn(NamedTuple):
     row: dict[str, Any]
     caption: int
+    epoch: int
 
 
 class _Reader:
@@ -187,11 +188,12 @@ class _Reader:
 
 def _columns(stream: Stream, drawn: list[_Drawn]) -> Rows:
     name = "latents" if stream.source is None else "pixels"
-    images = [row["latents"] if stream.source is None else stream.source.pixels(row["image"]) for row, _ in drawn]
+    images = [row["latents"] if stream.source is None else stream.source.pixels(row["image"]) for row, *_ in drawn]
     return {
         name: np.stack(images),
-        "embeddings": np.stack([row["embeddings"][caption] for row, caption in drawn]),
-        "captions": np.array([row["captions"][caption] for row, caption in drawn]),
+        "embeddings": np.stack([row["embeddings"][caption] for row, caption, _ in drawn]),
+        "captions": np.array([row["captions"][caption] for row, caption, _ in drawn]),
+        "rows": np.array([row_identity(row["key"], epoch) for row, _, epoch in drawn], np.int64),
     }
 
 
