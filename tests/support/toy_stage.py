@@ -22,7 +22,6 @@ from aptp.noise import Noise
 from aptp_platform.config import EngineConfig, TrainingConfig
 from aptp_platform.storage.store import Store
 from aptp_platform.train.loop import Work
-from aptp_platform.train.stream import num_lanes, own_lanes
 
 
 class ToyModule(nn.Module):
@@ -91,9 +90,9 @@ class ToyStage:
                     done.write_text(fault)
                     _cause(fault)
             size = self.training.batch_size
-            lanes = torch.randn(num_lanes(size, ranks), size // num_lanes(size, ranks), 5, generator=_seeded(number))
-            rows = lanes[list(own_lanes(size, rank, ranks))].flatten(0, 1)
-            yield Batch(rows[:, :4].reshape(-1, 1, 2, 2), rows[:, None], rows, (1e6 * rows[:, 0]).long())
+            rows = torch.randn(size, 5, generator=_seeded(number)).chunk(ranks)[rank]
+            identities = (number * size + torch.arange(size)).chunk(ranks)[rank]
+            yield Batch(rows[:, :4].reshape(-1, 1, 2, 2), rows[:, None], rows, identities)
 
     def _record(self, rank: int, module: nn.Module, arguments: Any, terms: LossTerms) -> None:
         with (self.folder / f"losses-{rank}-{os.getpid()}.jsonl").open("a") as log:

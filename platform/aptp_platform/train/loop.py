@@ -28,7 +28,6 @@ from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
 from aptp_platform.train.events import Events, is_told
-from aptp_platform.train.stream import num_lanes
 
 NOTICE_EVERY = 10  # steps; all ranks ask together whether a node of theirs is about to go
 
@@ -191,18 +190,10 @@ def _begin(module: nn.Module, stage: Stage) -> tuple[Any, int]:
 def _tell(stage: Stage, restored: Restored, ranks: int) -> None:
     line = f"[{stage.name}] goes on from step {restored.step}"
     if ranks != restored.ranks:
-        line += f" with {ranks} workers instead of {restored.ranks}: "
-        before, now = (num_lanes(stage.training.batch_size, each) for each in (restored.ranks, ranks))
-        if before == now:
-            line += (
-                "the rows and the noise are the same, but sums are formed in another order, so the losses are close to "
-                "those of an undisturbed run, not bit-equal"
-            )
-        else:
-            line += (
-                f"the stream has {now} lanes instead of {before}, so rows and noise are others and the losses are not "
-                "those of an undisturbed run"
-            )
+        line += (
+            f" with {ranks} workers instead of {restored.ranks}: rows and noise are the same, but sums are formed in "
+            "another order, so the losses are close to those of an undisturbed run, not bit-equal"
+        )
     print(line, flush=True)
 
 
