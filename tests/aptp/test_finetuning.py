@@ -11,6 +11,7 @@ from aptp.objectives import FinetuningConfig
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
 from tests.support import tiny
+from tests.support.one_device import OnMeta
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
 NULL = torch.full((5, 24), 7.0)
@@ -59,6 +60,14 @@ def test_training_brings_the_expert_nearer_to_its_teacher_and_leaves_the_teacher
     assert last["output"] < first["output"] / 2
     assert last["feature"] < first["feature"]
     assert all(torch.equal(value, before[name]) for name, value in stage.teacher.state_dict().items())
+
+
+def test_a_step_leaves_its_device_for_nothing():
+    stage = a_stage().to("meta")
+    batch = a_batch().to("meta")
+    with OnMeta():
+        stage(batch, noise=Noise(0, 1, batch.rows)).total.backward()
+    assert all(parameter.grad is not None for parameter in stage.expert.parameters())
 
 
 def test_the_null_share_of_captions_is_dropped():
