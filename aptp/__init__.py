@@ -7,7 +7,7 @@ Read the modules in this order; each imports only what stands above it, and data
     backbones, sites        the space of an unmodified network, read from the network itself
     gates, slicing, cost    a network that obeys a code, the smaller network that equals it, and what that costs
     expert                  a sliced network on disk
-    noise                   random numbers that a row gets whoever computes it
+    noise                   random numbers as functions of seed, step, row and use
     relax, transport        bits with gradients; balanced assignment
     router                  prompts to codes
     losses, objectives      the terms that the two stages minimise, and their weights
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         maximum_mean_discrepancy,
         paired_denoising_loss,
     )
+    from aptp.noise import Noise
     from aptp.objectives import FinetuningConfig, PruningConfig
     from aptp.pipeline import AptpOutput, AptpPipeline
     from aptp.prompts import PromptEncoder
@@ -67,6 +68,7 @@ _HOMES: Final = {
     "slicing": ("slice_unet",),
     "cost": ("CostTable", "cost_table", "count_macs"),
     "expert": ("BaseModel", "ExpertInfo", "load_expert", "read_expert_info", "save_expert"),
+    "noise": ("Noise",),
     "router": ("Router", "RouterConfig", "Routes", "UnusedCodeError"),
     "losses": ("LossTerms", "NoiseSchedule"),
     "objectives": ("FinetuningConfig", "PruningConfig"),

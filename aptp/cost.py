@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -59,7 +59,7 @@ class CostTable:
         """MACs under each mask, entries in [0, 1]; for bits exactly those of the sliced model."""
         if mask.ndim != 2 or mask.shape[1] != len(self.space):
             raise ValueError(f"mask of shape {tuple(mask.shape)}: this space takes (batch, {len(self.space)})")
-        entry_macs, owner_of_entry, depth_macs = (values.to(mask.device) for values in self._tensors)
+        entry_macs, owner_of_entry, depth_macs = _tensors(self, mask.device)
         width, depth = mask[:, : self.space.width_entries].double(), mask[:, self.space.width_entries :].double()
         always = depth.new_ones(len(mask), 1)
         owner_gate = torch.cat([depth, always], dim=1).index_select(1, owner_of_entry)
@@ -68,17 +68,6 @@ class CostTable:
     def ratio(self, mask: Float[Tensor, "batch gate"]) -> Float[Tensor, " batch"]:
         """MACs under each mask over those of the whole model: exactly 1 for open gates."""
         return (self.macs(mask) / self.total).to(torch.promote_types(mask.dtype, torch.float32))
-
-    @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """MACs of every width entry, the depth gate it hangs on (past the last: none), MACs of every depth entry."""
-        units = torch.tensor([site.units for site in self.space.width], dtype=torch.long)
-        owners = [owner if owner >= 0 else len(self.space.depth) for owner in self.space.owners]
-        return (
-            torch.tensor(self.width, dtype=torch.float64).repeat_interleave(units),
-            torch.tensor(owners, dtype=torch.long).repeat_interleave(units),
-            torch.tensor(self.depth, dtype=torch.float64),
-        )
 
     def to_json(self) -> dict[str, Any]:
         """The table as a JSON value."""
@@ -106,6 +95,21 @@ class CostTable:
             fixed=value["fixed"],
             width=tuple(value["width"]),
             depth=tuple(value["depth"]),
+        )
+
+
+@lru_cache(maxsize=16)
+def _tensors(table: CostTable, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """MACs of every width entry, the depth gate it hangs on (past the last: none), MACs of every depth entry. They are
+    kept: a training step that copied them again would wait for its device."""
+    space = table.space
+    with torch.inference_mode(False):  # the next caller may want gradients
+        units = torch.tensor([site.units for site in space.width], dtype=torch.long)
+        owners = [owner if owner >= 0 else len(space.depth) for owner in space.owners]
+        return (
+            torch.tensor(table.width, dtype=torch.float64).repeat_interleave(units).to(device),
+            torch.tensor(owners, dtype=torch.long).repeat_interleave(units).to(device),
+            torch.tensor(table.depth, dtype=torch.float64).to(device),
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aptp.gates import block_features
 from aptp.latents import Batch
 from aptp.losses import Gather, LossTerms, NoiseSchedule, alone, denoising_loss, feature_loss, output_loss
-from aptp.noise import Generators, by_lane, sample_noise
+from aptp.noise import Noise, sample_noise
 from aptp.objectives import FinetuningConfig
 
 
@@ -61,38 +61,27 @@ class FinetuningStage(nn.Module):
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
         self.expert.load_state_dict({name.removeprefix("expert."): value for name, value in state.items()})
 
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        step: int = 0,
-        image_generators: Generators = None,
-        code_generator: torch.Generator | None = None,
-        gather: Gather = alone,
-    ) -> LossTerms:
-        """The terms of one batch; the call is stage 1's, of which step and code generator do not matter here."""
+    def forward(self, batch: Batch, *, noise: Noise, gather: Gather = alone) -> LossTerms:
+        """The terms of one batch. noise: of the batch's rows."""
         config = self.config
-        noise, timesteps = sample_noise(batch.latents, len(self.schedule), image_generators)
-        noisy = self.schedule.noisy(batch.latents, noise, timesteps)
-        texts = self._drop(batch.text_states, image_generators)
+        added, timesteps = sample_noise(batch.latents, len(self.schedule), noise)
+        noisy = self.schedule.noisy(batch.latents, added, timesteps)
+        texts = self._drop(batch.text_states, noise)
 
         with torch.no_grad(), block_features(self.teacher) as taught:
             teacher = self.teacher(noisy, timesteps, texts, return_dict=False)[0]
         with block_features(self.expert) as learnt:
             student = self.expert(noisy, timesteps, texts, return_dict=False)[0]
 
-        target = self.schedule.target(batch.latents, noise, timesteps)
+        target = self.schedule.target(batch.latents, added, timesteps)
         weight = self.schedule.min_snr_weight(timesteps, config.snr_gamma)
         terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
         if config.feature_weight:
             terms["feature"] = feature_loss(learnt, taught, normalise=config.normalise_features, gather=gather)
         return LossTerms(terms, {name: getattr(config, f"{name}_weight") for name in terms})
 
-    def _drop(
-        self, text_states: Float[Tensor, "batch token text"], generators: Generators
-    ) -> Float[Tensor, "batch token text"]:
+    def _drop(self, text_states: Float[Tensor, "batch token text"], noise: Noise) -> Float[Tensor, "batch token text"]:
         if self.null_states is None or not self.config.null_share:
             return text_states
-        drawn = by_lane(len(text_states), generators, lambda n, g: torch.rand(n, generator=g, device=g.device))
-        dropped = (drawn < self.config.null_share).to(text_states.device)[:, None, None]
+        dropped = noise.uniform(1, 1, use="null") < self.config.null_share
         return torch.where(dropped, self.null_states.to(text_states.dtype), text_states)

@@ -11,10 +11,11 @@ inference it could, for a wait of the host on every mask and a compiled graph th
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from aptp.backbones import backbone_of
@@ -37,8 +38,6 @@ class Gates:
         self._space = space
         self._values: _Values | None = None
         self._attached = False
-        units = [site.channels_per_unit for site in space.width for _ in range(site.units)]
-        self._entry_of_channel = torch.arange(len(units)).repeat_interleave(torch.tensor(units, dtype=torch.long))
 
     def open(self) -> None:
         """Run the stock model: no gate is applied at all."""
@@ -54,8 +53,7 @@ class Gates:
             raise ValueError(
                 f"mask of shape {tuple(mask.shape)}: this space takes (batch, {len(self._space)}), one row per sample"
             )
-        self._entry_of_channel = self._entry_of_channel.to(mask.device)
-        spread = mask.index_select(1, self._entry_of_channel)
+        spread = mask.index_select(1, _entry_of_channel(self._space, mask.device))
         self._values = _Values(
             width=torch.split_with_sizes(spread, [site.channels for site in self._space.width], dim=1),
             depth=torch.unbind(mask[:, self._space.width_entries :, None], dim=1),
@@ -93,6 +91,15 @@ class Gates:
             return (blend,) if isinstance(output, tuple) else blend
 
         return hook
+
+
+@lru_cache(maxsize=16)
+def _entry_of_channel(space: PruningSpace, device: torch.device) -> Int[Tensor, " channel"]:
+    """The entry of the architecture vector for each channel of all width sites. It is kept: a training step that built
+    it again would wait for the copy to the device, and could not be captured in a CUDA graph."""
+    with torch.inference_mode(False):  # the next caller may want gradients
+        units = torch.tensor([site.channels_per_unit for site in space.width for _ in range(site.units)])
+        return torch.arange(len(units)).repeat_interleave(units.long()).to(device)
 
 
 def _fitted(gate: Float[Tensor, "batch channel"], target: Tensor, channel_dim: int, site: Site) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -20,22 +20,24 @@ class Batch:
     latents: scaled autoencoder latents, of unit variance or so.
     text_states: the text encoder's states of the caption (the UNet's `encoder_hidden_states`).
     embeddings: the prompt encoder's sentence embedding of the SAME caption.
+    rows: int64, the identity of each row, from which its noise is drawn (`aptp.noise`): a hash of the image's key, say.
     """
 
     latents: Float[Tensor, "batch channel height width"]
     text_states: Float[Tensor, "batch token text"]
     embeddings: Float[Tensor, "batch dim"]
+    rows: Int[Tensor, " batch"]
 
     def __post_init__(self) -> None:
-        rows = {"latents": len(self.latents), "text_states": len(self.text_states), "embeddings": len(self.embeddings)}
-        if len(set(rows.values())) != 1 or 0 in rows.values():
-            raise ValueError(f"a Batch needs the same number of rows, at least one, in each tensor; it has {rows}")
+        lengths = {name: len(tensor) for name, tensor in vars(self).items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ValueError(f"a Batch needs the same number of rows, at least one, in each tensor; it has {lengths}")
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.latents.to(device), self.text_states.to(device), self.embeddings.to(device))
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 @torch.no_grad()

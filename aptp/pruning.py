@@ -7,8 +7,8 @@
 The UNet is the teacher and the student: one set of weights, no gradient to any of them. The module is single-device
 code. Across workers `gather` joins rows (W workers, each (B, ...), give (W B, ...)); its backward must sum over the
 workers and the trainer average gradients over them, as torch.distributed.nn's all_gather and DDP do: then every term is
-that of the global batch. Code noise must be the same on all workers; image noise is by lane (`aptp.noise`), so that it
-is not, and yet the same whoever holds a row.
+that of the global batch. A row's noise depends on the row and the step, a code's on the code and the step
+(`aptp.noise`): neither depends on the worker.
 """
 
 from typing import Any
@@ -34,14 +34,14 @@ from aptp.losses import (
     resource_loss,
     spread,
 )
-from aptp.noise import Generators, gumbel_noise, sample_noise
+from aptp.noise import Noise, sample_noise
 from aptp.objectives import PruningConfig
 from aptp.router import Router, code_usage
 from aptp.transport import balanced_assignment
 
 
 class PruningStage(nn.Module):
-    """One step of stage 1: `stage(batch, step=..., image_generator=..., code_generator=...)` gives the loss's terms.
+    """One step of stage 1: `stage(batch, noise=Noise(seed, step, batch.rows))` gives the loss's terms.
 
     Only the router's predictor and codes are trainable. `learned_state` is all that a checkpoint needs.
     """
@@ -85,23 +85,14 @@ class PruningStage(nn.Module):
             raise ValueError(f"a pruning stage's learned state differs in {sorted(missing)}")
         self.load_state_dict(state, strict=False)
 
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        step: int,
-        image_generators: Generators = None,
-        code_generator: torch.Generator,
-        gather: Gather = alone,
-    ) -> LossTerms:
-        """image_generators: noise, timesteps and the prompts' gate noise, of this worker's lanes. code_generator:
-        shared by all workers."""
+    def forward(self, batch: Batch, *, noise: Noise, gather: Gather = alone) -> LossTerms:
+        """noise: of the batch's rows; its step says whether this is the warm-up."""
         config, router = self.config, self.router
-        warm = step < config.warmup_steps
+        warm = bool(noise.step < config.warmup_steps)
 
         logits, codes = router(batch.embeddings)
-        code_noise = gumbel_noise(codes, code_generator)
-        prompt_noise = gumbel_noise(logits, image_generators)
+        code_noise = noise.of(torch.arange(len(codes), device=codes.device)).gumbel(codes.shape[1], use="codes")
+        prompt_noise = noise.gumbel(logits.shape[1], use="prompts")
         sampled_codes = router.gates(codes, code_noise)
         free_codes, free_prompts = router.gates(codes), router.gates(logits)
         sampled_prompts = router.gates(logits, prompt_noise)
@@ -118,7 +109,7 @@ class PruningStage(nn.Module):
 
         gates = sampled_prompts if warm else sampled_codes[assigned]
         mask = router.harden(gates) if config.forward_gates == "hard" else gates
-        terms = self._denoise(batch, mask, image_generators, gather)
+        terms = self._denoise(batch, mask, noise, gather)
 
         routed = router.route_logits(logits, codes)
         self._remember(gather(routed.usage().unsqueeze(0)).mean(0))
@@ -154,11 +145,9 @@ class PruningStage(nn.Module):
             },
         )
 
-    def _denoise(
-        self, batch: Batch, mask: Tensor, generators: Generators = None, gather: Gather = alone
-    ) -> dict[str, Tensor]:
-        noise, timesteps = sample_noise(batch.latents, len(self.schedule), generators)
-        noisy = self.schedule.noisy(batch.latents, noise, timesteps)
+    def _denoise(self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone) -> dict[str, Tensor]:
+        added, timesteps = sample_noise(batch.latents, len(self.schedule), noise)
+        noisy = self.schedule.noisy(batch.latents, added, timesteps)
         with gated(self.unet, self.space) as gates, block_features(self.unet) as features:
             gates.open()
             with torch.no_grad():
@@ -167,7 +156,7 @@ class PruningStage(nn.Module):
             gates.set(mask)
             student = self.unet(noisy, timesteps, batch.text_states, return_dict=False)[0]
             learnt = list(features)
-        target = self.schedule.target(batch.latents, noise, timesteps)
+        target = self.schedule.target(batch.latents, added, timesteps)
         weight = self.schedule.min_snr_weight(timesteps, self.config.snr_gamma)
         terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
         if self.config.feature_weight:

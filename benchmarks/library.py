@@ -38,7 +38,7 @@ from aptp import (
     slice_unet,
 )
 from aptp.losses import Gather, alone
-from aptp.noise import Generators
+from aptp.noise import Noise
 from benchmarks.clock import Figure, cpu_seconds, machine, peak_growth, print_table, return_freed_memory, write_results
 
 SD21_BASE = {
@@ -154,16 +154,13 @@ def slicing_and_loading(unet: nn.Module, space: PruningSpace, table: CostTable, 
 class RouterAlone(PruningStage):
     """A pruning step without its UNet: router, gates, transport, cost and their losses."""
 
-    def _denoise(
-        self, batch: Batch, mask: Tensor, generators: Generators = None, gather: Gather = alone
-    ) -> dict[str, Tensor]:
+    def _denoise(self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone) -> dict[str, Tensor]:
         return {"denoising": mask.square().mean()}
 
 
 def step_of(stage: PruningStage, batch: Batch) -> Callable[[], None]:
     def step() -> None:
-        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-        stage(batch, step=1, image_generators=generators[0], code_generator=generators[1]).total.backward()
+        stage(batch, noise=Noise(0, 1, batch.rows)).total.backward()
 
     return step
 
@@ -178,7 +175,8 @@ def step_calls(batch_size: int) -> dict[str, Callable[[], None]]:
     table = cost_table(unet, space, (16, 16), 32)
     noise = torch.Generator().manual_seed(0)
     shapes = ((batch_size, 4, 16, 16), (batch_size, 32, 384), (batch_size, 384))
-    batch = Batch(*(torch.randn(shape, generator=noise) for shape in shapes))
+    latents, texts, embeddings = (torch.randn(shape, generator=noise) for shape in shapes)
+    batch = Batch(latents, texts, embeddings, torch.arange(batch_size))
     router = Router(space, RouterConfig(num_codes=4, embedding_dim=384))
     config = PruningConfig(budget=0.65, warmup_steps=0)
     timesteps = torch.full((batch_size,), 500)

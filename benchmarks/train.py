@@ -30,6 +30,7 @@ from ray._private.internal_api import node_stats
 from torch import Tensor
 
 from aptp.losses import LossTerms
+from aptp.noise import Noise
 from aptp_platform.config import RunConfig, StorageConfig, TrainingConfig, dump_config, parse_config
 from aptp_platform.data.captions import FORMATS, SourceFile, decode_rows, source_files
 from aptp_platform.data.captions import _row as source_row
@@ -252,9 +253,7 @@ def bare_steps(stage: PruneStage) -> list[float]:
     optimizer = torch.optim.AdamW(parameters, lr=stage.training.learning_rate)
     times = [time.perf_counter()]
     for step, batch in enumerate(work.batches(0, 0, 1)):
-        generators = [torch.Generator().manual_seed(2 * step + which) for which in range(2)]
-        noise: dict[str, Any] = dict(zip(("image_generators", "code_generator"), generators, strict=True))
-        terms = work.module(batch, step=step, gather=lambda rows: rows, **noise)
+        terms = work.module(batch, noise=Noise(stage.seed, step, batch.rows), gather=lambda rows: rows)
         optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, stage.training.engine.gradient_clipping)

@@ -14,6 +14,7 @@ from aptp.cost import Convention, CostTable, cost_table, count_macs
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
 from tests.support import tiny
+from tests.support.one_device import OnMeta
 
 
 def measured(model, size, tokens):
@@ -52,6 +53,17 @@ def test_open_gates_cost_exactly_the_whole():
     table = cost_table(model, space, (8, 8))
     assert table.ratio(torch.ones(3, len(space))).tolist() == [1, 1, 1]
     assert 0 < table.minimum < 0.5
+
+
+def test_a_table_is_copied_to_a_device_once():
+    model = tiny.unet()
+    space = read_space(model)
+    table = cost_table(model, space, (8, 8))
+    mask = torch.ones(2, len(space), device="meta", requires_grad=True)
+    with torch.inference_mode():
+        table.ratio(mask)
+    with OnMeta():
+        table.ratio(mask).sum().backward()
 
 
 def test_soft_masks_cost_in_between_and_the_gradient_is_the_price_of_a_unit():

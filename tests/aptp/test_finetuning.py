@@ -6,10 +6,12 @@ from diffusers import DDPMScheduler
 from aptp.codes import ArchitectureCode
 from aptp.finetuning import FinetuningStage
 from aptp.latents import Batch
+from aptp.noise import Noise
 from aptp.objectives import FinetuningConfig
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
 from tests.support import tiny
+from tests.support.one_device import OnMeta
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
 NULL = torch.full((5, 24), 7.0)
@@ -17,7 +19,9 @@ NULL = torch.full((5, 24), 7.0)
 
 def a_batch(count: int = 4) -> Batch:
     noise = torch.Generator().manual_seed(0)
-    return Batch(*(torch.randn(shape, generator=noise) for shape in ((count, 4, 8, 8), (count, 5, 24), (count, 16))))
+    shapes = ((count, 4, 8, 8), (count, 5, 24), (count, 16))
+    latents, texts, embeddings = (torch.randn(shape, generator=noise) for shape in shapes)
+    return Batch(latents, texts, embeddings, torch.arange(count))
 
 
 def a_stage(config: FinetuningConfig | None = None, keep_every: int = 2) -> FinetuningStage:
@@ -32,7 +36,8 @@ def a_stage(config: FinetuningConfig | None = None, keep_every: int = 2) -> Fine
 
 
 def run(stage: FinetuningStage, step: int = 0):
-    return stage(a_batch(), step=step, image_generators=torch.Generator().manual_seed(step))
+    batch = a_batch()
+    return stage(batch, noise=Noise(0, step, batch.rows))
 
 
 def test_an_expert_that_lost_nothing_is_its_teacher():
@@ -57,14 +62,23 @@ def test_training_brings_the_expert_nearer_to_its_teacher_and_leaves_the_teacher
     assert all(torch.equal(value, before[name]) for name, value in stage.teacher.state_dict().items())
 
 
+def test_a_step_leaves_its_device_for_nothing():
+    stage = a_stage().to("meta")
+    batch = a_batch().to("meta")
+    with OnMeta():
+        stage(batch, noise=Noise(0, 1, batch.rows)).total.backward()
+    assert all(parameter.grad is not None for parameter in stage.expert.parameters())
+
+
 def test_the_null_share_of_captions_is_dropped():
     stage = a_stage(FinetuningConfig(null_share=0.25))
     texts = torch.zeros(4000, 5, 24)
-    dropped = stage._drop(texts, torch.Generator().manual_seed(0))
+    noise = Noise(0, 0, torch.arange(4000))
+    dropped = stage._drop(texts, noise)
     assert (dropped == 7).flatten(1).all(1).float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert ((dropped == 7) | (dropped == 0)).all()
     none = a_stage(FinetuningConfig(null_share=0.0))
-    assert torch.equal(none._drop(texts, None), texts)
+    assert torch.equal(none._drop(texts, noise), texts)
 
 
 def test_the_learned_state_is_the_expert():

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from aptp.codes import ArchitectureCode
 from aptp.gates import block_features, gated
 from aptp.sites import read_space
 from tests.support import tiny
+from tests.support.one_device import OnMeta
 
 
 @pytest.fixture(params=tiny.MODELS)
@@ -216,6 +218,31 @@ def test_gradient_checkpointing_recomputes_under_the_same_gates(name, after_leav
 
     plain, checkpointed = gradients(False), gradients(True)
     torch.testing.assert_close(checkpointed, plain, atol=1e-6, rtol=1e-4)
+
+
+def test_entering_again_and_all_passes_leave_the_device_for_nothing(model):
+    model.requires_grad_(False)
+    space, inputs = read_space(model), tiny.inputs(model)
+    mask = random_mask(space, 2).to("meta").requires_grad_()
+    model.to("meta")
+    inputs = {name: tree_map(lambda value: value.to("meta"), value) for name, value in inputs.items()}
+    with gated(model, space) as gates:
+        gates.set(mask)  # an index is copied once
+    with OnMeta(), gated(model, space) as gates, block_features(model) as features:
+        with torch.no_grad():
+            teacher = run(model, **inputs)
+        gates.set(mask)
+        student = run(model, **inputs)
+        (student - teacher).square().mean().backward()
+        assert features
+    assert mask.grad is not None
+
+
+def test_gates_first_set_without_gradients_have_them_later(model):
+    space, inputs = read_space(model), tiny.inputs(model)
+    with torch.inference_mode(), gated(model, space) as gates:
+        gates.set(random_mask(space, 2))
+    assert task_gradient(model, space, random_mask(space, 2), inputs).isfinite().all()
 
 
 def test_autocast_keeps_the_type_of_the_model(model):

@@ -66,4 +66,4 @@ def test_text_states_are_the_pipelines(masked):
 
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="at least one, in each tensor"):
-        Batch(torch.zeros(0, 4, 8, 8), torch.zeros(0, 5, 24), torch.zeros(0, 16))
+        Batch(torch.zeros(0, 4, 8, 8), torch.zeros(0, 5, 24), torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64))

@@ -15,7 +15,7 @@ from aptp.gates import gated
 from aptp.latents import Batch
 from aptp.losses import NoiseSchedule, output_loss
 from aptp.metrics import paired_denoising_loss
-from aptp.noise import sample_noise
+from aptp.noise import Noise, sample_noise
 from aptp.objectives import PruningConfig
 from aptp.pruning import PruningStage
 from aptp.router import Router, RouterConfig
@@ -50,15 +50,12 @@ def a_stage(unet, space, table, config: PruningConfig = STEADY, seed: int = 0, *
 def a_batch(count: int = 8, seed: int = 0) -> Batch:
     noise = torch.Generator().manual_seed(seed)
     shapes = ((count, 4, 8, 8), (count, 5, 24), (count, 16))
-    return Batch(*(torch.randn(shape, generator=noise) for shape in shapes))
+    latents, texts, embeddings = (torch.randn(shape, generator=noise) for shape in shapes)
+    return Batch(latents, texts, embeddings, torch.arange(count))
 
 
 def run(stage: PruningStage, batch: Batch, step: int = 0, **options):
-    generators = {
-        "image_generators": torch.Generator().manual_seed(100 + step),
-        "code_generator": torch.Generator().manual_seed(200 + step),
-    }
-    return stage(batch, step=step, **{**generators, **options})
+    return stage(batch, noise=Noise(0, step, batch.rows), **options)
 
 
 def train(stage: PruningStage, steps: range, optimizer, batch: Batch) -> list[float]:
@@ -75,7 +72,7 @@ def train(stage: PruningStage, steps: range, optimizer, batch: Batch) -> list[fl
 def test_every_gate_of_a_used_code_gets_a_task_gradient_and_the_unet_none(unet, space, table):
     stage = a_stage(unet, space, table)
     mask = torch.full((4, len(space)), 0.8, requires_grad=True)
-    stage._denoise(a_batch(4), mask, torch.Generator().manual_seed(0))["denoising"].backward()
+    stage._denoise(a_batch(4), mask, Noise(0, 0, torch.arange(4)))["denoising"].backward()
     assert (mask.grad != 0).all()
 
     loss = run(stage, a_batch(16))
@@ -125,7 +122,7 @@ def test_the_resource_term_moves_the_ratio_to_the_budget_from_both_sides(unet, s
         budget=0.6, warmup_steps=0, output_weight=0.0, feature_weight=0.0, spread_weight=0.0, largest_weight=0.0
     )
     stage = a_stage(unet, space, table, config, initial_logit=start)
-    stage._denoise = lambda batch, mask, generators, gather: {}  # the budget alone
+    stage._denoise = lambda batch, mask, noise, gather: {}  # the budget alone
     optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.1, weight_decay=0.0)
     ratios = train(stage, range(60), optimizer, a_batch(32))
     assert abs(ratios[0] - 0.6) > 0.1
@@ -160,20 +157,21 @@ def test_a_short_run_finds_better_codes_than_those_that_are_not_learned(space, t
     def draw(count: int) -> Batch:
         kind = torch.randint(6, (count,), generator=generator)
         noise = [0.3 * torch.randn(count, *like.shape[1:], generator=generator) for like in (patterns, embeddings)]
-        return Batch(patterns[kind] + noise[0], texts[kind], embeddings[kind] + noise[1])
+        rows = torch.randint(2**62, (count,), generator=generator)
+        return Batch(patterns[kind] + noise[0], texts[kind], embeddings[kind] + noise[1], rows)
 
     unet, schedule = tiny.unet(), NoiseSchedule(SCHEDULER)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     for _ in range(150):
         batch = draw(8)
-        noise, t = sample_noise(batch.latents, len(schedule), generator)
+        noise, t = sample_noise(batch.latents, len(schedule), Noise(0, 0, batch.rows))
         prediction = unet(schedule.noisy(batch.latents, noise, t), t, batch.text_states).sample
         optimizer.zero_grad()
         output_loss(prediction, schedule.target(batch.latents, noise, t)).backward()
         optimizer.step()
 
     held_out = draw(128)
-    noise, t = sample_noise(held_out.latents, len(schedule), generator)
+    noise, t = sample_noise(held_out.latents, len(schedule), Noise(0, 0, held_out.rows))
 
     def loss_of(masks: torch.Tensor) -> float:
         with gated(unet, space) as gates:
@@ -199,7 +197,7 @@ def test_a_short_run_finds_better_codes_than_those_that_are_not_learned(space, t
         assert learned - whole < 0.5 * (loss_of(other.mask[None]) - whole)
 
 
-def test_a_step_is_a_function_of_its_generators(unet, space, table):
+def test_a_step_is_a_function_of_its_number_and_its_rows(unet, space, table):
     first, again = (run(a_stage(unet, space, table), a_batch(), step=3).scalars() for _ in range(2))
     assert first == again
 
@@ -250,10 +248,6 @@ def test_a_step_waits_for_the_device_the_same_few_times_whatever_the_network():
     assert counts[0] == counts[1] <= 12  # the transport's: finite input, and convergence every tenth iteration
 
 
-def lane(number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(number)
-
-
 class Workers:
     """Threads in lockstep; the gathered rows keep every worker's graph, so the backward sums over the workers."""
 
@@ -274,23 +268,16 @@ class Workers:
 
 def test_two_workers_are_one_with_the_global_batch(unet, space, table):
     batch = a_batch(8)
-    halves = [
-        Batch(b.latents, b.text_states, b.embeddings)
-        for b in (
-            Batch(batch.latents[:4], batch.text_states[:4], batch.embeddings[:4]),
-            Batch(batch.latents[4:], batch.text_states[4:], batch.embeddings[4:]),
-        )
-    ]
+    halves = [Batch(*(tensor[half] for tensor in vars(batch).values())) for half in (slice(0, 4), slice(4, 8))]
     whole = a_stage(unet, space, table)
-    expected = run(whole, batch, image_generators=[lane(number) for number in range(4)])
+    expected = run(whole, batch)
     expected.total.backward()
 
     workers, stages = Workers(2), [copy.deepcopy(a_stage(unet, space, table)) for _ in range(2)]
     losses = [None, None]
 
     def work(rank: int) -> None:
-        lanes = [lane(number) for number in (2 * rank, 2 * rank + 1)]
-        losses[rank] = run(stages[rank], halves[rank], gather=workers.gather(rank), image_generators=lanes)
+        losses[rank] = run(stages[rank], halves[rank], gather=workers.gather(rank))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from aptp.latents import Batch
 from aptp.losses import LossTerms
-from aptp.noise import Generators, by_lane
+from aptp.noise import Noise
 from aptp_platform.config import EngineConfig, TrainingConfig
 from aptp_platform.storage.store import Store
 from aptp_platform.train.loop import Work
-from aptp_platform.train.stream import num_lanes, own_lanes
 
 
 class ToyModule(nn.Module):
@@ -40,18 +39,10 @@ class ToyModule(nn.Module):
             parameter.data.normal_(generator=generator)
         self.register_buffer("seen", torch.zeros(2))
 
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        step: int,
-        image_generators: Generators,
-        code_generator: torch.Generator,
-        gather: Any,
-    ) -> LossTerms:
-        noise = by_lane(len(batch.embeddings), image_generators, lambda n, g: torch.randn(n, 5, generator=g))
-        shared = torch.randn(self.codes.shape, generator=code_generator)
-        own = self.linear(self.frozen(batch.embeddings + 0.1 * noise)) @ (self.codes + 0.1 * shared)
+    def forward(self, batch: Batch, *, noise: Noise, gather: Any) -> LossTerms:
+        own_noise = noise.normal(5, use="embeddings")
+        shared = noise.of(torch.arange(len(self.codes))).normal(self.codes.shape[1], use="codes")
+        own = self.linear(self.frozen(batch.embeddings + 0.1 * own_noise)) @ (self.codes + 0.1 * shared)
         everybody = gather(own)
         self.seen += torch.tensor([1.0, float(everybody.detach().mean())])
         return LossTerms({"own": own.square().mean(), "all": everybody.std(0).log().square().sum() + self.seen.mean()})
@@ -99,9 +90,9 @@ class ToyStage:
                     done.write_text(fault)
                     _cause(fault)
             size = self.training.batch_size
-            lanes = torch.randn(num_lanes(size, ranks), size // num_lanes(size, ranks), 5, generator=_seeded(number))
-            rows = lanes[list(own_lanes(size, rank, ranks))].flatten(0, 1)
-            yield Batch(rows[:, :4].reshape(-1, 1, 2, 2), rows[:, None], rows)
+            rows = torch.randn(size, 5, generator=_seeded(number)).chunk(ranks)[rank]
+            identities = (number * size + torch.arange(size)).chunk(ranks)[rank]
+            yield Batch(rows[:, :4].reshape(-1, 1, 2, 2), rows[:, None], rows, identities)
 
     def _record(self, rank: int, module: nn.Module, arguments: Any, terms: LossTerms) -> None:
         with (self.folder / f"losses-{rank}-{os.getpid()}.jsonl").open("a") as log:

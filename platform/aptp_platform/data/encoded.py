@@ -46,6 +46,11 @@ def choose_caption(key: str, count: int, epoch: int, seed: int) -> int:
     return (start + epoch) % count
 
 
+def row_identity(key: str, epoch: int) -> int:
+    """63 bits that tell a row of an epoch from all others: its noise is drawn from them (`aptp.Noise`)."""
+    return int.from_bytes(hashlib.blake2b(f"{epoch} {key}".encode(), digest_size=8).digest(), "big") >> 1
+
+
 def encoded_table(
     positions: Sequence[int],
     keys: Sequence[str],

@@ -4,7 +4,6 @@ Everything that a step depends on is derived from its number: the rows, the lear
 on from a checkpoint does what it would have done undisturbed.
 """
 
-import hashlib
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 
 from aptp.latents import Batch
 from aptp.losses import LossTerms
+from aptp.noise import Noise
 from aptp_platform.config import TrainingConfig
 from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
 from aptp_platform.train.events import Events, is_told
-from aptp_platform.train.stream import num_lanes, own_lanes
 
 NOTICE_EVERY = 10  # steps; all ranks ask together whether a node of theirs is about to go
 
@@ -41,7 +40,7 @@ Summary = dict[str, Any]
 class Work:
     """A stage, built on a worker.
 
-    module: `module(batch, step=, image_generators=, code_generator=, gather=)` gives `LossTerms`; what requires
+    module: `module(batch, noise=, gather=)` gives `LossTerms`; what requires
         gradients in it is trained.
     batches: (first, rank, ranks) to that rank's batches from number `first` on, all of one size, without end.
     facts: what is worth a progress line, beside the loss and the speed.
@@ -97,7 +96,6 @@ def train(settings: dict[Any, Any]) -> Summary | None:
     accumulation = training.engine.gradient_accumulation
     batches = work.batches(start * accumulation, rank, ranks)
     images = training.batch_size * accumulation
-    lanes = own_lanes(training.batch_size, rank, ranks)
     saved, noticed, losses = start, False, torch.zeros((), device=device)
     with ExitStack() as stack:
         events = None
@@ -106,14 +104,9 @@ def train(settings: dict[Any, Any]) -> Summary | None:
             events = stack.enter_context(Events(*names, start, training.steps, images, work.facts))
         for step in range(start, training.steps):
             set_learning_rate(engine, training, step)
-            for number in range(step * accumulation, (step + 1) * accumulation):
-                terms = engine(
-                    next(batches).to(device),
-                    step=step,
-                    image_generators=[_noise(stage.seed, number, f"images {lane}") for lane in lanes],
-                    code_generator=_noise(stage.seed, number, "codes"),
-                    gather=gather_rows,
-                )
+            for _ in range(accumulation):
+                batch = next(batches).to(device)
+                terms = engine(batch, noise=Noise(stage.seed, step, batch.rows), gather=gather_rows)
                 engine.backward(terms.total)
                 engine.step()
             done = step + 1
@@ -197,18 +190,10 @@ def _begin(module: nn.Module, stage: Stage) -> tuple[Any, int]:
 def _tell(stage: Stage, restored: Restored, ranks: int) -> None:
     line = f"[{stage.name}] goes on from step {restored.step}"
     if ranks != restored.ranks:
-        line += f" with {ranks} workers instead of {restored.ranks}: "
-        before, now = (num_lanes(stage.training.batch_size, each) for each in (restored.ranks, ranks))
-        if before == now:
-            line += (
-                "the rows and the noise are the same, but sums are formed in another order, so the losses are close to "
-                "those of an undisturbed run, not bit-equal"
-            )
-        else:
-            line += (
-                f"the stream has {now} lanes instead of {before}, so rows and noise are others and the losses are not "
-                "those of an undisturbed run"
-            )
+        line += (
+            f" with {ranks} workers instead of {restored.ranks}: rows and noise are the same, but sums are formed in "
+            "another order, so the losses are close to those of an undisturbed run, not bit-equal"
+        )
     print(line, flush=True)
 
 
@@ -222,9 +207,3 @@ def _hand_over(engine: Any, stage: Stage, step: int, loss: float) -> None:
         checkpoint_dir_name=f"step-{step:08d}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
     )
-
-
-def _noise(seed: int, number: int, use: str) -> torch.Generator:
-    """A generator for one use in one batch; the same on every device and after every restart."""
-    digest = hashlib.sha256(f"{seed}/{number}/{use}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

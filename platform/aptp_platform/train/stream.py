@@ -1,56 +1,43 @@
 """The rows that a worker trains on, streamed from the encoded Parquet by Ray Data, in an order that its place decides.
 
     epoch e     the rows of all files, the files in an order drawn from (seed, e)
-    the stream  epoch 0, epoch 1, ... without end, cut into equal windows; a window's rows in an order drawn from
-                (seed, window)
-    lanes       of L lanes, lane l has the windows l, l + L, l + 2 L, ...; a batch of all ranks together takes as many
-                rows from each lane, and rank r of R has the lanes r, r + R, ...
+    the stream  epoch 0, epoch 1, ... without end, cut into windows of n batches of B rows, all ranks together
+    a window    is cut into B pieces of n rows, each shuffled by (seed, window); batch i has the i-th row of each piece
+    rank r      of R has the r-th R-th of every batch, hence reads the r-th R-th of every window
 
-So together any number of ranks trains on the same rows (`num_lanes`), and nobody reads what another trains on. Every
-rank has as many batches as it wants, and a run that goes on from step s starts reading where step s reads. Ray Train's
-own split of a dataset starts at its first row in every execution, which is why a worker asks for its rows itself.
+So the batches are the same, row for row, for any number of ranks that divides B, and no rank reads what another trains
+on. Every rank has as many batches as it wants, and a run that goes on from step s starts reading where step s reads.
+Ray Train's own split of a dataset starts at its first row in every execution, which is why a worker asks for its rows
+itself.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from math import ceil, gcd
+from math import ceil
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 import ray.data
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
 from aptp_platform.config import ConfigError
-from aptp_platform.data.encoded import choose_caption, latent_shape, read_part
+from aptp_platform.data.encoded import choose_caption, latent_shape, read_part, row_identity
 from aptp_platform.storage.store import Store
 from aptp_platform.train.source import LatentEncoder, Source
 
 READERS = 2  # tasks of a worker that read ahead
 READER_CPUS = 0.05
-MAX_LANES = 8
 GROUP_ROWS = 256  # that leave a reading task together ...
 BLOCK_BYTES = 8 << 20  # ... or several groups, if they are small
 SAMPLED_FILES = 16
 
 Rows = dict[str, np.ndarray]
-
-
-def num_lanes(batch_size: int, ranks: int) -> int:
-    """Lanes of the stream: as many of eight as divide the batch of all ranks, whose number then changes nothing if it
-    divides them; else one a rank."""
-    lanes = gcd(batch_size, MAX_LANES)
-    return lanes if lanes % ranks == 0 else ranks
-
-
-def own_lanes(batch_size: int, rank: int, ranks: int) -> range:
-    """The lanes of a rank; its batch is an equal share of rows of each, in this order."""
-    return range(rank, num_lanes(batch_size, ranks), ranks)
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,7 @@ class Stream:
     seed: int
     assigned: Store | None = None
     code: int | None = None
-    window_rows: int = 8192  # of one window of every lane: what is shuffled together, and what all ranks' tasks hold
+    window_rows: int = 8192  # at most: what is shuffled together, and what the reading tasks of all ranks hold
     prefetch_bytes: int = 256_000_000  # of rows on their way to a worker, in the object store
     source: Source | None = None  # of the images, where `encoded` holds no latents
 
@@ -80,8 +67,8 @@ class Stream:
             raise ConfigError(f"{self.encoded.uri}: holds no row{of} to train on; run the stages before this one again")
 
     def batches(self, batch_size: int, start: int, stop: int, rank: int, ranks: int) -> Iterator[Rows]:
-        """Batches `start` to `stop` of this rank: latents (B, 4, h, w), embeddings (B, dim), captions (B), in half
-        precision.
+        """Batches `start` to `stop` of this rank: latents (B, 4, h, w) and embeddings (B, dim) in half precision,
+        captions (B), rows (B): the identity of each row, another one in each epoch.
 
         Args:
             batch_size: rows of all ranks together, a multiple of their number: B = batch_size / ranks.
@@ -132,14 +119,13 @@ class Stream:
         """All captions of all rows."""
         return sum(len(allowed) for part in self.parts for _, allowed in _usable(self, part.name, ["key", "captions"]))
 
-    def read(self, window: int, size: int, columns: list[str]) -> list["_Drawn"]:
-        """The rows of a window of some size, in their order, each with the caption of its epoch."""
-        found = [
-            _Drawn(row, allowed[choose_caption(row["key"], len(allowed), epoch, self.seed)])
-            for epoch, file, rows in self._pieces(window * size, (window + 1) * size)
+    def read(self, start: int, stop: int, columns: list[str]) -> list["_Drawn"]:
+        """What stands in the stream from one place to another, each row with the caption of its epoch."""
+        return [
+            _Drawn(row, allowed[choose_caption(row["key"], len(allowed), epoch, self.seed)], epoch)
+            for epoch, file, rows in self._pieces(start, stop)
             for row, allowed in _usable(self, self.parts[file].name, columns, rows)
         ]
-        return [found[index] for index in np.random.default_rng((self.seed, window)).permutation(size)]
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
         """Epoch, file and rows of what stands in the stream from one place to another."""
@@ -159,39 +145,46 @@ class Stream:
 class _Drawn(NamedTuple):
     row: dict[str, Any]
     caption: int
+    epoch: int
 
 
 class _Reader:
-    """What a reading task does: windows of a rank's lanes become the rows of its batches, batch after batch.
+    """What a reading task does: a rank's share of some windows becomes the rows of its batches, batch after batch.
 
-    batches: that one window of each lane gives.
+    batches: that a window gives.
     """
 
     def __init__(self, stream: Stream, batch_size: int, rank: int, ranks: int) -> None:
-        self.stream, self.lanes = stream, num_lanes(batch_size, ranks)
-        self.own = own_lanes(batch_size, rank, ranks)
-        self.share = batch_size // self.lanes  # rows of a lane in a batch
+        self.stream, self.batch_size = stream, batch_size
+        self.share = batch_size // ranks
+        self.first = rank * self.share  # of the pieces that are this rank's
         rows = min(stream.window_rows, sum(part.rows for part in stream.parts))
-        self.batches = max(1, rows // (self.lanes * self.share))
+        self.batches = max(1, rows // batch_size)
 
     def __call__(self, tasks: Rows) -> Iterator[Rows]:
         columns = ["key", "captions", "embeddings", "position" if self.stream.source else "latents"]
-        size = self.batches * self.share
         for window, skip in zip(tasks["window"].tolist(), tasks["skip"].tolist(), strict=True):
-            lanes = [self.stream.read(window * self.lanes + lane, size, columns) for lane in self.own]
-            cuts = [slice(batch * self.share, (batch + 1) * self.share) for batch in range(skip, self.batches)]
-            rows = [drawn for cut in cuts for lane in lanes for drawn in lane[cut]]
-            for start in range(0, len(rows), GROUP_ROWS):
-                yield _columns(self.stream, rows[start : start + GROUP_ROWS])
+            start = (window * self.batch_size + self.first) * self.batches
+            read = self.stream.read(start, start + self.share * self.batches, columns)
+            rows = [read[index] for index in self._order(window)[skip:].flatten()]
+            for group in range(0, len(rows), GROUP_ROWS):
+                yield _columns(self.stream, rows[group : group + GROUP_ROWS])
+
+    def _order(self, window: int) -> Int[np.ndarray, "batch piece"]:
+        """Which rows of this rank's share of a window are its batches."""
+        places = np.arange(self.batch_size * self.batches).reshape(self.batch_size, self.batches)
+        shuffled = np.random.default_rng((self.stream.seed, window)).permuted(places, axis=1)
+        return shuffled[self.first : self.first + self.share].T - self.first * self.batches
 
 
 def _columns(stream: Stream, drawn: list[_Drawn]) -> Rows:
     name = "latents" if stream.source is None else "pixels"
-    images = [row["latents"] if stream.source is None else stream.source.pixels(row["image"]) for row, _ in drawn]
+    images = [row["latents"] if stream.source is None else stream.source.pixels(row["image"]) for row, *_ in drawn]
     return {
         name: np.stack(images),
-        "embeddings": np.stack([row["embeddings"][caption] for row, caption in drawn]),
-        "captions": np.array([row["captions"][caption] for row, caption in drawn]),
+        "embeddings": np.stack([row["embeddings"][caption] for row, caption, _ in drawn]),
+        "captions": np.array([row["captions"][caption] for row, caption, _ in drawn]),
+        "rows": np.array([row_identity(row["key"], epoch) for row, _, epoch in drawn], np.int64),
     }
 
 
