@@ -8,7 +8,8 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_USAGE_STATS_ENABLED := 0
-export RAY_AUTH_MODE := disabled
+# Without a token Ray runs whatever anyone sends to its ports.
+export RAY_AUTH_MODE := token
 export TRANSFORMERS_VERBOSITY := error
 # Everything that Ray starts looks `python` up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -1,6 +1,6 @@
 """Cut every code out of the UNet as a physically smaller expert, and the baselines beside them.
 
-ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/cut_experts.py --config jobs/configs/demo.yaml
+ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/cut_experts.py --config jobs/configs/bucket.yaml
 """
 
 from aptp_platform.run.job import run_job

@@ -1,7 +1,6 @@
 """Score teacher, baselines and experts on the held-out captioned images.
 
-    ray job submit --runtime-env jobs/runtime_env.yaml -- \\
-        python jobs/evaluate_experts.py --config jobs/configs/demo.yaml
+ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/evaluate_experts.py --config jobs/configs/bucket.yaml
 """
 
 from aptp_platform.run.job import run_job

@@ -1,6 +1,6 @@
 """Learn the prompt router and the architecture codes on the gated, frozen UNet.
 
-ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/prune_unet.py --config jobs/configs/demo.yaml
+ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/prune_unet.py --config jobs/configs/bucket.yaml
 """
 
 from aptp_platform.run.job import run_job

@@ -1,6 +1,6 @@
 """Search the number of codes and the budget: each trial is the path from pruning to scored experts.
 
-ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/tune_pruning.py --config jobs/configs/demo.yaml
+ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/tune_pruning.py --config jobs/configs/bucket.yaml
 """
 
 from aptp_platform.experts.tune import tune

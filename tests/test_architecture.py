@@ -19,7 +19,7 @@ LIBRARY = [
 PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "": ["storage", "unknown_keys", "config", "models", "run", "data", "train", "experts", "serve"],
     "storage": ["errors", "store", "lease"],
-    "run": ["layout", "progress", "resources", "path", "job", "cluster"],
+    "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
     "data": ["sample", "formats", "captions", "encoded", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
     "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "stages", "trainer"],

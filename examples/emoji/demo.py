@@ -9,6 +9,7 @@ import base64
 import io
 import logging
 import re
+import shlex
 import signal
 import statistics
 import sys
@@ -23,14 +24,13 @@ from typing import Any
 import httpx
 import yaml
 from PIL import Image
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobStatus
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from aptp_platform.config import ConfigError, load_config
-from aptp_platform.run.cluster import LocalCluster, port_is_free
+from aptp_platform.run.cluster import ClusterError, LocalCluster, port_is_free
 from aptp_platform.run.path import forget
 from examples.emoji.gallery import write_gallery
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable(logging.WARNING)  # the clients of Ray tell what they upload and what they leave out
     try:
         (_serve if args.serve else _run)(args, console)
-    except (ValueError, DemoError) as error:
+    except (ValueError, DemoError, ClusterError) as error:
         console.print(f"error: {error}", style="bold red", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -127,23 +127,26 @@ def _serve(args: argparse.Namespace, console: Console) -> None:
     serve = _serve_config(Path(args.serve_config), release)
     with LocalCluster(num_cpus=4, object_store_bytes=300_000_000) as cluster, _deploy(cluster, serve) as client:
         console.print(f"serving {release} at {client.base_url} (^C ends it)", highlight=False, soft_wrap=True)
-        signal.pause()
+        while True:
+            cluster.require_alive()
+            time.sleep(1)
 
 
 @contextmanager
 def _deploy(cluster: LocalCluster, serve: dict[str, Any]) -> Iterator[httpx.Client]:
     """What `serve deploy` does; yields a client of the application once it is ready."""
-    ServeSubmissionClient(cluster.dashboard).deploy_applications(serve)
-    with httpx.Client(base_url=f"http://127.0.0.1:{serve['http_options']['port']}", timeout=120) as client:
+    cluster.serve().deploy_applications(serve)
+    url = f"http://127.0.0.1:{serve['http_options']['port']}"
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:  # never through a proxy
         _wait_ready(client, cluster)
         yield client
 
 
 def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str], console: Console) -> None:
     """What `ray job submit` does, its progress lines drawn as a bar and its other lines of ours printed."""
-    entry = " ".join([command, *(f"--set '{override}'" for override in overrides)])
+    entry = " ".join([command, *(f"--set {shlex.quote(override)}" for override in overrides)])
     runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text())
-    console.print(f"\n[bold]{stage}[/bold]: ray job submit -- {command}", highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]{stage}[/bold]: a job: {command}", highlight=False, soft_wrap=True)
     client, job = cluster.submit(entry, runtime_env)
     lines: list[str] = []
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -158,11 +161,7 @@ def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str
                     lines.append(line)
                     _show(line, progress, bars)
 
-        try:
-            asyncio.run(follow())
-        except BaseException:
-            client.stop_job(job)
-            raise
+        asyncio.run(follow())
     status = client.get_job_status(job)
     if status != JobStatus.SUCCEEDED:
         (log := Path(cluster_log := f"runs/{stage}.log")).parent.mkdir(exist_ok=True)
@@ -194,17 +193,18 @@ def _serve_config(path: Path, release: Path) -> dict[str, Any]:
 
 def _wait_ready(client: httpx.Client, cluster: LocalCluster) -> None:
     deadline = time.monotonic() + SERVE_SECONDS
+    asked = cluster.serve()
     while time.monotonic() < deadline:
         try:
             if client.get("/ready").status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass
-        applications = ServeSubmissionClient(cluster.dashboard).get_serve_details()["applications"]
+        applications = asked.get_serve_details()["applications"]
         if any(application["status"] == "DEPLOY_FAILED" for application in applications.values()):
             break
         time.sleep(0.5)
-    details = ServeSubmissionClient(cluster.dashboard).get_serve_details()
+    details = asked.get_serve_details()
     message = next((app["message"] for app in details["applications"].values() if app["message"]), "no message")
     raise DemoError(f"serve: the application did not become ready: {' '.join(message.split())[-400:]}")
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed import ops
+from deepspeed.comm import comm
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -41,7 +43,7 @@ def run_ranks(ranks: int, stages: tuple[int, ...], folder: Path) -> list[dict[st
 def _rank(rank: int, ranks: int, stages: tuple[Any, ...], port: int, folder: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)  # Ray sets it, DeepSpeed asks for it
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    found = []
+    found: list[dict[str, Any]] = []
     for stage in stages:
         training = TrainingConfig(
             batch_size=4, learning_rate=1e-2, warmup_steps=3, engine=EngineConfig(zero_stage=stage)
@@ -61,6 +63,7 @@ def _rank(rank: int, ranks: int, stages: tuple[Any, ...], port: int, folder: Pat
             resumed += _losses(engine, training, restored.step, 4)
         values = {name: state["value"].clone() for name, state in whole_state(engine, moments=False)}
         found.append({"undisturbed": undisturbed, "resumed": resumed, "values": values})
+        found[-1] |= {"compiled": comm.cdb.shm_comm_op is not None, "table": vars(ops).get("__compatible_ops__")}
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.barrier()

@@ -1,7 +1,11 @@
-"""A Ray cluster of this program's own: started on free ports of this machine, ended whole, beside any other cluster."""
+"""A Ray cluster of this program's own: on free ports of the loopback interface, with a token of its own, ended whole.
+
+It stands beside any other cluster, of this machine or named in the environment, and has nothing to do with it.
+"""
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -9,31 +13,47 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import uuid
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
+import httpx
 import psutil
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobSubmissionClient
+
+from aptp_platform.run import keeper
 
 _MARK = "APTP_CLUSTER"
 ONE_MACHINE = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",  # Ray makes its workers nice; beside any busy process they would then hardly run
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at its default of 0.1 the controller takes a twentieth of a core
 }
+# Without this `ray start` replaces --node-ip-address=127.0.0.1 by the machine's address, and listens there. Its name
+# is of where it is the default; it acts on every system.
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# They lead clients and nodes to another cluster, or bring another token; Ray prefers them to what it is called with.
+_ANOTHER_CLUSTER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_AUTH_TOKEN")
+_HOSTS = "127.0.0.1,localhost"  # never through a proxy
+# On a busy machine a raylet gives up where its agent takes more than 15 s to start, for which Ray has no setting; the
+# second time the agent's files are in memory.
+STARTS = 2
 START_SECONDS = 90.0
-STOP_SECONDS = 8.0
+STOP_SECONDS = 2 * keeper.GRACE_SECONDS + 2
+
+
+class ClusterError(Exception):
+    """The cluster did not start, or has ended; the message is the one line that says so."""
 
 
 class LocalCluster:
     """A head node as a child process, for the length of a `with` block.
 
-    Every process that Ray starts inherits a mark in its environment; leaving the block ends all that carry it, also
-    those that were given to another parent, and no others.
+    Leaving the block ends every process that Ray started, and no others; so does the end of this process, even by
+    SIGKILL. An error that leaves the block because the cluster has ended leaves it as a `ClusterError`.
 
     Args:
         num_cpus: logical CPUs. More than the machine has lets data tasks run beside workers that hold a CPU each.
@@ -44,9 +64,9 @@ class LocalCluster:
         self.num_cpus = num_cpus
         self.object_store_bytes = object_store_bytes
         self._mark = uuid.uuid4().hex
-        # Short, since Ray puts Unix sockets below it and their paths are limited to 107 bytes.
-        self._folder = Path(tempfile.mkdtemp(prefix="aptp-", dir="/tmp"))
-        self._process: subprocess.Popen[bytes] | None = None
+        self._token = secrets.token_hex(32)
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._raylet: psutil.Process | None = None
 
     @property
     def address(self) -> str:
@@ -58,86 +78,182 @@ class LocalCluster:
         """What `ray job submit --address` and `serve deploy --address` take."""
         return f"http://127.0.0.1:{self._dashboard_port}"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request to the dashboard must carry."""
+        return {"Authorization": f"Bearer {self._token}"}
+
     def __enter__(self) -> "LocalCluster":
-        self._port, self._dashboard_port, client, agent, agent_grpc, metrics = free_ports(6)
-        command = [
-            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
-            f"--port={self._port}", f"--dashboard-port={self._dashboard_port}", "--dashboard-host=127.0.0.1",
-            f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
-            f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}",
-            f"--num-cpus={self.num_cpus}", f"--object-store-memory={self.object_store_bytes}",
-            f"--temp-dir={self._folder}",
-        ]  # fmt: skip
-        # Jobs look `python` up on the PATH of the node that runs them: the one of this very environment.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        environment = {**os.environ, **ONE_MACHINE, _MARK: self._mark, "PATH": path}
-        environment.pop("RAY_ADDRESS", None)
-        self._log = (self._folder / "start.log").open("wb")
-        self._process = subprocess.Popen(
-            command, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            self._wait()
-        except BaseException:
-            self.stop()
-            raise
+        for left in reversed(range(STARTS)):
+            self._start()
+            try:
+                self._wait()
+                break
+            except BaseException as error:
+                self.stop()
+                if not (left and isinstance(error, ClusterError)):
+                    raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        try:
+            if isinstance(error, Exception) and not isinstance(error, ClusterError):
+                self.require_alive(cause=error)
+        finally:
+            self.stop()
+
+    def jobs(self) -> JobSubmissionClient:
+        """A client of this cluster, whatever the environment says."""
+        with _without(_ANOTHER_CLUSTER):
+            return _Jobs(self.dashboard, headers=self.headers)
+
+    def serve(self) -> ServeSubmissionClient:
+        """What `serve deploy` and `serve status` work with."""
+        return _Serve(self.dashboard, headers=self.headers)
 
     def submit(self, entrypoint: str, runtime_env: dict[str, Any]) -> tuple[JobSubmissionClient, str]:
         """What `ray job submit --no-wait` does; returns a client and the job's name."""
-        client = JobSubmissionClient(self.dashboard)
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
+                client = self.jobs()
                 return client, client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
-            except RuntimeError as error:  # the dashboard answers before the node's agent does
+            except (OSError, RuntimeError) as error:
+                self.require_alive(cause=error)
+                # The dashboard answers before it knows of the node's agent.
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
 
+    def require_alive(self, cause: Exception | None = None) -> None:
+        """ClusterError if the head or its raylet has ended; after a `cause` they are given a moment to do so."""
+        deadline = time.monotonic() + (3.0 if cause is not None else 0.0)
+        while not (ended := self._ended()):
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.2)
+        raise ClusterError(f"ray: the cluster of this program has ended: {ended}; start the program again") from cause
+
     def stop(self) -> None:
         """End every process of this cluster; safe to call twice."""
-        for process in self.processes():
-            _signal(process, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        while (alive := self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        for process in alive:
-            _signal(process, signal.SIGKILL)
-        if self._process is not None:
-            self._process.wait()
-            self._log.close()
+        if self._keeper is None:
+            return
+        assert self._keeper.stdin is not None  # it was started with a pipe
+        self._keeper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._keeper.wait(STOP_SECONDS)
+        # Nothing is left, unless the keeper itself was killed.
+        while left := self.processes():
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.1)
+        self._keeper.wait()
+        self._keeper = self._raylet = None
+        self._log.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _wait(self) -> None:
-        assert self._process is not None  # it was just started
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
-            try:
-                with urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.3)
-        tail = " ".join((self._folder / "start.log").read_text(errors="replace").split()[-40:])
-        raise ValueError(f"the Ray head did not answer within {START_SECONDS:.0f} s; its last words: {tail}")
-
     def processes(self) -> list[psutil.Process]:
-        """Every living process of this cluster."""
+        """Every living process of this cluster.
+
+        Ray's agents write their title over their environment, and with it the mark, but stay in the keeper's session;
+        jobs have sessions of their own, but keep the mark.
+        """
+        if self._keeper is None:
+            return []
         found = []
         for process in psutil.process_iter():
-            try:
-                if process.environ().get(_MARK) == self._mark:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
+                ours = os.getsid(process.pid) == self._keeper.pid or process.environ().get(_MARK) == self._mark
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
         return found
+
+    def _start(self) -> None:
+        self._port, self._dashboard_port, client, self._agent_port, agent_grpc, metrics = free_ports(6)
+        # Short, since Ray puts Unix sockets below it and their paths are limited to 107 bytes.
+        self._folder = Path(tempfile.mkdtemp(prefix="aptp-", dir="/tmp"))
+        self._log: IO[bytes] = (self._folder / "start.log").open("w+b")  # to be read when the folder is gone
+        token = self._folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(self._token)
+        command = [
+            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1", f"--port={self._port}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self._dashboard_port}", f"--ray-client-server-port={client}",
+            f"--dashboard-agent-listen-port={self._agent_port}", f"--dashboard-agent-grpc-port={agent_grpc}",
+            f"--metrics-export-port={metrics}", f"--num-cpus={self.num_cpus}",
+            f"--object-store-memory={self.object_store_bytes}", f"--temp-dir={self._folder}",
+        ]  # fmt: skip
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-I", keeper.__file__, str(self._folder), *command],
+            env=self._environment(token), stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def _environment(self, token: Path) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if name not in _ANOTHER_CLUSTER}
+        environment |= ONE_MACHINE | _LOOPBACK | {_MARK: self._mark}
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        # Jobs look `python` up on the PATH of the node that runs them: the one of this very environment.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), _HOSTS)))
+        return environment | {"no_proxy": direct, "NO_PROXY": direct}
+
+    def _wait(self) -> None:
+        """Until the head takes jobs: the dashboard answers, and the node's agent, which says that its raylet lives."""
+        deadline = time.monotonic() + START_SECONDS
+        urls = (f"{self.dashboard}/api/version", f"http://127.0.0.1:{self._agent_port}/api/local_raylet_healthz")
+        with httpx.Client(headers=self.headers, timeout=2, trust_env=False) as client:
+            while time.monotonic() < deadline:
+                if ended := self._ended():
+                    raise ClusterError(f"ray: the head ended while it started: {ended}; its last words: {self._said()}")
+                with contextlib.suppress(httpx.TransportError):
+                    if self._raylet is not None and all(client.get(url).is_success for url in urls):
+                        return
+                time.sleep(0.3)
+        raise ClusterError(f"ray: the head did not answer within {START_SECONDS:.0f} s; its last words: {self._said()}")
+
+    def _ended(self) -> str:
+        """What of the head has ended, or nothing. `ray start` stays up beside a raylet that ended with exit code 0."""
+        assert self._keeper is not None  # callers are inside the block
+        if self._keeper.poll() is not None:
+            return f"`ray start` returned {self._keeper.returncode}"
+        if self._raylet is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                # What it starts is called so too, for a moment; it is the oldest of them.
+                raylets = [each for each in self.processes() if each.name() == "raylet"]
+                self._raylet = min(raylets, key=psutil.Process.create_time, default=None)
+            return ""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if self._raylet.is_running() and self._raylet.status() != psutil.STATUS_ZOMBIE:
+                return ""
+        return "its raylet is gone"
+
+    def _said(self) -> str:
+        self._log.seek(0)
+        return " ".join(self._log.read().decode(errors="replace").split()[-40:])
+
+
+class _Jobs(JobSubmissionClient):
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        return super()._do_request(method, endpoint, proxies={"no_proxy": _HOSTS}, **options)
+
+
+class _Serve(ServeSubmissionClient):
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        return super()._do_request(method, endpoint, proxies={"no_proxy": _HOSTS}, **options)
+
+
+@contextlib.contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def free_ports(count: int) -> list[int]:
@@ -158,8 +274,3 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _signal(process: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.send_signal(number)

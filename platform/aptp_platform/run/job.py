@@ -5,12 +5,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from aptp_platform.config import RunConfig, load_config
+from aptp_platform.config import ConfigError, RunConfig, load_config, places
 from aptp_platform.run.path import reach_places, run_stage
+
+_COPIES = "working_dir_files"  # of a Ray session: where a submitted job finds the copy of its working directory
 
 
 def run_job(stage: str, description: str | None, argv: Sequence[str] | None = None) -> None:
@@ -28,6 +31,7 @@ def run_function(
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.set)
+        require_lasting(config, Path.cwd())
         reach_places(config)
         # Outside a submitted job there is no address: a cluster of this process's own, never a stranger's.
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, logging_level=logging.WARNING)
@@ -35,6 +39,18 @@ def run_function(
     except (ValueError, ray.exceptions.OutOfDiskError) as error:
         print(f"error: {cause_of(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def require_lasting(config: RunConfig, folder: Path) -> None:
+    """ConfigError for a relative place if `folder`, the job's own, is a copy that Ray made and will throw away."""
+    if _COPIES not in folder.parts:
+        return
+    for field, place in places(config).items():
+        if "://" not in place and not Path(place).is_absolute():
+            raise ConfigError(
+                f"{field}: {place}: is relative, but the job runs in a copy of the working directory that Ray throws "
+                f"away; give the absolute path of a folder that every node has, or a URI: --set {field}=s3://bucket/key"
+            )
 
 
 def cause_of(error: BaseException) -> str:

@@ -5,6 +5,7 @@ number of workers saved, another can load.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -22,10 +23,6 @@ from torch import Tensor, nn
 from aptp_platform.config import ConfigError, TrainingConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's memory of a parameter, beside the number of steps
-
-# The optimizer is torch's own and gloo reduces on CPUs, so no operator of DeepSpeed is compiled: a node that trains
-# needs no compiler, and a worker starts half a minute earlier.
-deepspeed.ops.__compatible_ops__ = {}
 
 
 def check_engine(training: TrainingConfig, where: str) -> None:
@@ -62,20 +59,39 @@ def build_engine(module: nn.Module, training: TrainingConfig) -> Any:
         lr=training.learning_rate,
         weight_decay=training.weight_decay,
     )
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        config={
-            "train_micro_batch_size_per_gpu": training.batch_size // dist.get_world_size(),
-            "gradient_accumulation_steps": settings.gradient_accumulation,
-            "gradient_clipping": settings.gradient_clipping,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**62,
-        },
-    )
+    with _nothing_compiled():
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": training.batch_size // dist.get_world_size(),
+                "gradient_accumulation_steps": settings.gradient_accumulation,
+                "gradient_clipping": settings.gradient_clipping,
+                "zero_optimization": zero,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "steps_per_print": 2**62,
+            },
+        )
     return engine
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Lets DeepSpeed start without its own all-reduce for CPUs, which its first start on a node would compile.
+
+    The optimizer is torch's own and gloo reduces, so a node that trains needs no compiler, and a worker starts half a
+    minute earlier. DeepSpeed 0.19 has no setting for it: it compiles what this table says can be.
+    """
+    kept = vars(deepspeed.ops).get("__compatible_ops__")  # it is filled, by trying compilers, when first asked for
+    deepspeed.ops.__compatible_ops__ = {}
+    try:
+        yield
+    finally:
+        if kept is None:
+            del deepspeed.ops.__compatible_ops__
+        else:
+            deepspeed.ops.__compatible_ops__ = kept
 
 
 def set_learning_rate(engine: Any, training: TrainingConfig, step: int) -> None:

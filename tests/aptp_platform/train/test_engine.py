@@ -23,6 +23,8 @@ def test_two_ranks_are_one_and_a_checkpoint_is_exact(tmp_path: Path) -> None:
         assert both["resumed"] == both["undisturbed"]
         torch.testing.assert_close(both["undisturbed"], alone["undisturbed"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(both["values"], alone["values"], rtol=1e-4, atol=1e-5)
+    assert not alone["compiled"], "DeepSpeed compiled an operator: a node that trains would need a compiler"
+    assert alone["table"] is None, "what DeepSpeed knows of its operators is not as it was"
     _check_files(tmp_path / "both" / "stage-3")
 
 
