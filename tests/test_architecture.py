@@ -22,7 +22,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "run": ["layout", "progress", "resources", "path", "job", "cluster"],
     "data": ["sample", "formats", "captions", "encoded", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
-    "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "stages", "trainer"],
+    "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "trainer"],
     "experts": ["assign", "cut", "score", "report", "evaluate", "publish", "tune"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",

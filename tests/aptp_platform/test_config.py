@@ -25,7 +25,7 @@ from aptp_platform.config import (
     to_tree,
 )
 from aptp_platform.models import pruning_space
-from aptp_platform.train.stages import router_config
+from aptp_platform.train.specs import router_config
 from tests.support import tiny
 
 MINIMAL = {"data": {"source": "s3://bucket/shards"}, "model": {"pipeline": "/models/sd"}}
