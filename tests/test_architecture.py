@@ -17,7 +17,7 @@ LIBRARY = [
     "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
-    "": ["storage", "unknown_keys", "config", "models", "run", "data", "train", "experts", "serve"],
+    "": ["storage", "unknown_keys", "config", "config_file", "models", "run", "data", "train", "experts", "serve"],
     "storage": ["errors", "store", "lease"],
     "run": ["layout", "progress", "resources", "path", "job", "cluster"],
     "data": ["sample", "formats", "captions", "encoded", "encode"],

@@ -13,7 +13,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from aptp.release import read_release
-from aptp_platform.config import ConfigError, RunConfig, load_config, parse_config, to_tree
+from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.config_file import load_config, parse_config, to_tree
 from aptp_platform.experts.evaluate import evaluate
 from aptp_platform.run.cluster import free_ports
 from aptp_platform.run.path import STAGES, require_stage, run_stage

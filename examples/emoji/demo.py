@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from aptp_platform.config import ConfigError, load_config
+from aptp_platform.config import ConfigError
+from aptp_platform.config_file import load_config
 from aptp_platform.run.cluster import LocalCluster, port_is_free
 from aptp_platform.run.path import STAGES, forget
 from aptp_platform.run.progress import parse_line

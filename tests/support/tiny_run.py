@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aptp_platform.config import RunConfig, parse_config
+from aptp_platform.config import RunConfig
+from aptp_platform.config_file import parse_config
 from aptp_platform.data.encoded import encoded_table, write_table
 from aptp_platform.storage.store import Store
 from tests.support.tiny_pipeline import build_pipeline

@@ -21,7 +21,8 @@ import torch
 
 from aptp.latents import encode_images
 from aptp.prompts import PromptEncoder
-from aptp_platform.config import ModelConfig, RunConfig, to_tree
+from aptp_platform.config import ModelConfig, RunConfig
+from aptp_platform.config_file import to_tree
 from aptp_platform.data.captions import (
     READER_CPUS,
     SourceFile,

@@ -11,7 +11,8 @@ import aptp_platform
 from aptp.expert import read_expert_info
 from aptp.prompts import PromptEncoder
 from aptp.release import ReleaseInfo, write_release
-from aptp_platform.config import RunConfig, to_tree
+from aptp_platform.config import RunConfig
+from aptp_platform.config_file import to_tree
 from aptp_platform.models import fetch_model, load_pipeline_parts
 from aptp_platform.run.layout import EVALUATED, FINETUNED, RELEASE, assigned_router, network_of
 from aptp_platform.run.path import fingerprint, require_stage

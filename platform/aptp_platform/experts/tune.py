@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from aptp.expert import load_expert
-from aptp_platform.config import RunConfig, to_tree
+from aptp_platform.config import RunConfig
+from aptp_platform.config_file import to_tree
 from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
 from aptp_platform.experts.score import read_held_out, row_losses

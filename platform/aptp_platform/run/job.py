@@ -9,7 +9,8 @@ from typing import Any
 
 import ray
 
-from aptp_platform.config import RunConfig, load_config
+from aptp_platform.config import RunConfig
+from aptp_platform.config_file import load_config
 from aptp_platform.run.path import reach_places, run_stage
 
 

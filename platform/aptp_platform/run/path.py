@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aptp_platform.config import ConfigError, RunConfig, places, to_tree
+from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.config_file import places, to_tree
 from aptp_platform.run import layout
+from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.lease import Lease
-from aptp_platform.storage.store import Store, StoreError
+from aptp_platform.storage.store import Store
 
 Summary = dict[str, Any]
 MODEL_FILES = ("**/*.json", "**/*.safetensors", "**/*.txt")  # not the card or its pictures

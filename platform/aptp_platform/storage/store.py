@@ -28,7 +28,7 @@ import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 from pydantic import Field
 
-from aptp_platform.storage.errors import GuardedFile
+from aptp_platform.storage.errors import GuardedFile, MissingError, StoreError
 
 MARKERS = ("release.json",)
 _SCHEMES = ("s3", "gs")
@@ -48,14 +48,6 @@ class StorageConfig:
     attempts: Annotated[int, Field(ge=1)] = (
         10  # per request, with pauses that grow to 20 s: enough for a minute of outage
     )
-
-
-class StoreError(ValueError):
-    """A folder or object that cannot be used: one line that says which, why, and what to change."""
-
-
-class MissingError(StoreError):
-    """There is no such object, now."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from aptp.losses import LossTerms
 from aptp.prompts import PromptEncoder
 from aptp.pruning import PruningStage
 from aptp.router import Router, RouterConfig
-from aptp_platform.config import RouterSection, RunConfig, TrainingConfig, dump_config, to_tree
+from aptp_platform.config import RouterSection, RunConfig, TrainingConfig
+from aptp_platform.config_file import dump_config, to_tree
 from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import PipelineParts, fetch_model, load_pipeline_parts, pruning_space
 from aptp_platform.run.layout import CUT, FINETUNED, PRUNED, ROUTER, TENSORBOARD
