@@ -12,27 +12,27 @@ from torch import nn
 class Layer(NamedTuple):
     """A layer of a backbone.
 
-    Its path; the index of its stage; the channels of the stream that enters it if the stream that leaves it is as wide,
-    else 0; and whether it is the last of its sort in an outer stage.
+    Its path; the index of its block; the channels of the stream that enters it if the stream that leaves it is as wide,
+    else 0; and whether it is the last of its sort in an outer block.
     """
 
     path: str
-    stage: int
+    block: int
     identity_channels: int
     last: bool
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """One model class: the paths of its stages, its layers in the order of the architecture vector, and keyword inputs
+    """One model class: the paths of its blocks, its layers in the order of the architecture vector, and keyword inputs
     (batch 1, on the model's device) for latents of (height, width) and a number of text tokens."""
 
-    stages: Callable[[Any], list[str]]
+    blocks: Callable[[Any], list[str]]
     layers: Callable[[Any], Iterator[Layer]]
     example_inputs: Callable[[Any, tuple[int, int], int], dict[str, Any]]
 
 
-def _unet_stages(unet: Any) -> list[str]:
+def _unet_blocks(unet: Any) -> list[str]:
     middle = [] if unet.mid_block is None else ["mid_block"]
     down = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
     return down + middle + [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
@@ -40,18 +40,18 @@ def _unet_stages(unet: Any) -> list[str]:
 
 def _unet_layers(unet: Any) -> Iterator[Layer]:
     stream = unet.conv_in.out_channels
-    for stage, path in enumerate(_unet_stages(unet)):
+    for number, path in enumerate(_unet_blocks(unet)):
         block, outer = unet.get_submodule(path), path != "mid_block"
         for i, resnet in enumerate(block.resnets):
             # A resnet of an up block sees cat(stream, skip); only the stream could pass it by.
             resized = getattr(resnet, "up", False) or getattr(resnet, "down", False)
             identity = stream if resnet.out_channels == stream and not resized else 0
-            yield Layer(f"{path}.resnets.{i}", stage, identity, outer and i == len(block.resnets) - 1)
+            yield Layer(f"{path}.resnets.{i}", number, identity, outer and i == len(block.resnets) - 1)
             stream = resnet.out_channels
         attentions = getattr(block, "attentions", ())
         for i, attention in enumerate(attentions):
             if attention is not None:
-                yield Layer(f"{path}.attentions.{i}", stage, stream, outer and i == len(attentions) - 1)
+                yield Layer(f"{path}.attentions.{i}", number, stream, outer and i == len(attentions) - 1)
 
 
 def _unet_inputs(unet: Any, latent_size: tuple[int, int], num_text_tokens: int) -> dict[str, Any]:
@@ -75,13 +75,13 @@ def _unet_inputs(unet: Any, latent_size: tuple[int, int], num_text_tokens: int) 
     return inputs
 
 
-def _pixart_stages(model: Any) -> list[str]:
+def _pixart_blocks(model: Any) -> list[str]:
     return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
 
 
 def _pixart_layers(model: Any) -> Iterator[Layer]:
-    for stage, path in enumerate(_pixart_stages(model)):
-        yield Layer(path, stage, model.inner_dim, last=True)
+    for number, path in enumerate(_pixart_blocks(model)):
+        yield Layer(path, number, model.inner_dim, last=True)
 
 
 def _pixart_inputs(model: Any, latent_size: tuple[int, int], num_text_tokens: int) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def _pixart_inputs(model: Any, latent_size: tuple[int, int], num_text_tokens: in
 
 
 BACKBONES: Mapping[type[nn.Module], Backbone] = {
-    UNet2DConditionModel: Backbone(_unet_stages, _unet_layers, _unet_inputs),
-    PixArtTransformer2DModel: Backbone(_pixart_stages, _pixart_layers, _pixart_inputs),
+    UNet2DConditionModel: Backbone(_unet_blocks, _unet_layers, _unet_inputs),
+    PixArtTransformer2DModel: Backbone(_pixart_blocks, _pixart_layers, _pixart_inputs),
 }
 
 

@@ -180,11 +180,6 @@ class ArchitectureCode:
             bits[space.width_entries + space.keep_order[0]] = True
         return cls(space, bits)
 
-    @classmethod
-    def from_mask(cls, space: PruningSpace, mask: Float[Tensor, " gate"]) -> "ArchitectureCode":
-        """Keep where the mask is at least 1/2."""
-        return cls(space, mask.detach() >= 0.5)
-
     @property
     def mask(self) -> Float[Tensor, " gate"]:
         """The bits as a float32 vector of zeros and ones."""

@@ -168,22 +168,22 @@ def gated(unet: nn.Module, space: PruningSpace) -> Iterator[Gates]:
 
 @contextmanager
 def block_features(unet: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the hidden outputs of every stage (down blocks, middle, up blocks) of the latest forward pass.
+    """Collects the hidden outputs of every block (down blocks, middle, up blocks) of the latest forward pass.
 
     The yielded list is emptied when the next pass begins: keep `list(features)` of the one you need.
     """
-    stages = [unet.get_submodule(path) for path in backbone_of(unet).stages(unet)]
+    blocks = [unet.get_submodule(path) for path in backbone_of(unet).blocks(unet)]
     features: list[Tensor] = []
 
     def begin(module: nn.Module, args: Any) -> None:
         features.clear()
 
     def collect(module: nn.Module, args: Any, output: Any) -> None:
-        if len(features) < len(stages):  # a recomputed stage comes after the last
+        if len(features) < len(blocks):  # a recomputed block comes after the last
             features.append(output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as handles:
         handles.enter_context(unet.register_forward_pre_hook(begin))
-        for stage in stages:
-            handles.enter_context(stage.register_forward_hook(collect))
+        for block in blocks:
+            handles.enter_context(block.register_forward_hook(collect))
         yield features

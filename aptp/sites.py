@@ -84,21 +84,21 @@ class Granule:
 DepthOrder = Callable[[Sequence[int], int], tuple[int, ...] | None]
 
 
-def outermost_first(stages: Sequence[int], num_stages: int) -> tuple[int, ...]:
+def outermost_first(blocks: Sequence[int], num_blocks: int) -> tuple[int, ...]:
     """Keep the layers nearest to the input and the output longest, the output's side before the input's.
 
-    `stages` holds the stage of every depth site, in order. For SD 2.1 this is the order of the official code.
+    `blocks` holds the block of every depth site, in order. For SD 2.1 this is the order of the official code.
     """
 
     def rank(site: int) -> tuple[int, bool, int]:
-        stage = stages[site]
-        from_output = 2 * stage > num_stages - 1
-        return min(stage, num_stages - 1 - stage), not from_output, -site if from_output else site
+        block = blocks[site]
+        from_output = 2 * block > num_blocks - 1
+        return min(block, num_blocks - 1 - block), not from_output, -site if from_output else site
 
-    return tuple(sorted(range(len(stages)), key=rank))
+    return tuple(sorted(range(len(blocks)), key=rank))
 
 
-def any_order(stages: Sequence[int], num_stages: int) -> None:
+def any_order(blocks: Sequence[int], num_blocks: int) -> None:
     """Leave every depth entry to be learned by itself."""
 
 
@@ -138,7 +138,7 @@ def read_space(
     return PruningSpace(
         width=tuple(width),
         depth=tuple(Site(layer.path, kind, 1, layer.identity_channels) for layer, kind in chosen),
-        keep_order=depth_order([layer.stage for layer, _ in chosen], len(backbone.stages(unet))),
+        keep_order=depth_order([layer.block for layer, _ in chosen], len(backbone.blocks(unet))),
     )
 
 

@@ -31,17 +31,18 @@ from torch import Tensor
 
 from aptp.losses import LossTerms
 from aptp.noise import Noise
-from aptp_platform.config import RunConfig, StorageConfig, TrainingConfig, dump_config, parse_config
+from aptp_platform.config import RunConfig, StorageConfig, TrainingConfig
+from aptp_platform.config_file import dump_config, parse_config
 from aptp_platform.data.captions import FORMATS, SourceFile, decode_rows, source_files
 from aptp_platform.data.captions import _row as source_row
 from aptp_platform.data.encode import Encoder, encoded_rows
-from aptp_platform.data.encoded import encoded_table, write_part
+from aptp_platform.data.encoded import encoded_table, write_table
 from aptp_platform.run.cluster import LocalCluster
 from aptp_platform.run.path import run_stage
 from aptp_platform.storage.store import Store
 from aptp_platform.train.loop import Work
-from aptp_platform.train.stages import PruneStage
-from aptp_platform.train.stream import Rows, Stream, parts_of
+from aptp_platform.train.specs import PruneSpec
+from aptp_platform.train.stream import Rows, Stream, files_of
 from aptp_platform.train.trainer import fit
 from tests.support.s3_server import running_s3_server
 
@@ -91,7 +92,7 @@ class ListStream(Stream):
 class Timed:
     """Pruning, whose summary is what rank 0 saw: the seconds of each step and each wait, and the losses it told."""
 
-    inner: PruneStage
+    inner: PruneSpec
     name: str = "prune"
 
     @property
@@ -231,14 +232,14 @@ def bare_encode(config: RunConfig, files: list[SourceFile]) -> float:
 def measure_steps(config: RunConfig, rounds: int) -> tuple[float, float, dict[str, float]]:
     """Median step of a worker group over that of a bare loop, and the share of a step that waits for rows."""
     encoded = Store.open(config.root, config.storage).join("encoded", "train")
-    parts = parts_of(encoded)
+    parts = files_of(encoded)
     rows = tuple(Stream(encoded, parts, 0).batches(BATCH, 0, 8, 0, 1))
     bare: list[float] = []
     steps: list[float] = []
     waits: list[float] = []
     for number in range(rounds):
-        bare += bare_steps(PruneStage(config, ListStream(encoded, parts, 0, rows=rows)))
-        stage = Timed(PruneStage(config, TimedStream(encoded, parts, 0)))
+        bare += bare_steps(PruneSpec(config, ListStream(encoded, parts, 0, rows=rows)))
+        stage = Timed(PruneSpec(config, TimedStream(encoded, parts, 0)))
         summary = fit(stage, Store.open(config.root, config.storage).join("bench"), f"round-{number}")
         steps += summary["steps"][3:]
         waits += summary["waits"][4:]
@@ -246,7 +247,7 @@ def measure_steps(config: RunConfig, rounds: int) -> tuple[float, float, dict[st
     return facts["step_s"] / facts["bare_s"], sum(waits) / sum(steps), facts
 
 
-def bare_steps(stage: PruneStage) -> list[float]:
+def bare_steps(stage: PruneSpec) -> list[float]:
     """The same module, rows, optimizer and clipping, without Ray or DeepSpeed."""
     work = stage.build(torch.device("cpu"))
     parameters = [parameter for parameter in work.module.parameters() if parameter.requires_grad]
@@ -271,7 +272,7 @@ def measure_store(scratch: Path) -> tuple[float, dict[str, float]]:
         embeddings = [noise.standard_normal((1, 384)).astype(np.float16)] * rows
         keys = [f"{part}-{row}" for row in range(rows)]
         table = encoded_table(list(range(rows)), keys, latents, [["a cat"]] * rows, embeddings, ["{}"] * rows)
-        write_part(store, f"part-{part:06d}-000000000.parquet", table)
+        write_table(store, f"part-{part:06d}-000000000.parquet", table)
     row_bytes = 4 * 64 * 64 * 2 + 384 * 2
     batches = STREAMED * STORE_BYTES // (row_bytes * BATCH)
     used: list[int] = []
@@ -283,7 +284,7 @@ def measure_store(scratch: Path) -> tuple[float, dict[str, float]]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    stream = Stream(store, parts_of(store), 0, window_rows=1024, prefetch_bytes=64_000_000)
+    stream = Stream(store, files_of(store), 0, window_rows=1024, prefetch_bytes=64_000_000)
     streamed = sum(rows["latents"].nbytes for rows in stream.batches(BATCH, 0, batches, 0, 1))
     over.set()
     watcher.join()
@@ -316,13 +317,13 @@ def measure_submit(config: RunConfig, scratch: Path) -> float:
 def measure_workers(config: RunConfig) -> tuple[float, dict[str, list[float]]]:
     """The largest relative difference of the losses that two workers tell, under ZeRO 1 and 3, from one's."""
     encoded = Store.open(config.root, config.storage).join("encoded", "train")
-    stream, told = TimedStream(encoded, parts_of(encoded), 0), {}
+    stream, told = TimedStream(encoded, files_of(encoded), 0), {}
     cases: tuple[tuple[int, Literal[1, 3]], ...] = ((1, 1), (2, 1), (2, 3))
     for workers, zero_stage in cases:
         engine = replace(config.prune.run.engine, zero_stage=zero_stage)
         few = replace(config.prune.run, steps=10, checkpoint_every=10, workers=workers, engine=engine)
         name = f"{workers} workers, ZeRO {zero_stage}"
-        stage = Timed(PruneStage(replace(config, prune=replace(config.prune, run=few)), stream))
+        stage = Timed(PruneSpec(replace(config, prune=replace(config.prune, run=few)), stream))
         told[name] = fit(stage, Store.open(config.root, config.storage).join("bench"), name.replace(" ", "-"))["told"]
     (alone, *others) = told.values()
     pairs = [pair for other in others for pair in zip(other, alone, strict=True)]

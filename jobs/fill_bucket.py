@@ -6,7 +6,8 @@ python jobs/fill_bucket.py --endpoint http://127.0.0.1:5001 aptp examples/emoji/
 import argparse
 import sys
 
-from aptp_platform.storage.store import StorageConfig, Store, StoreError
+from aptp_platform.storage.errors import StoreError
+from aptp_platform.storage.store import StorageConfig, Store
 
 
 def main() -> None:

@@ -17,12 +17,12 @@ LIBRARY = [
     "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
-    "": ["storage", "unknown_keys", "config", "models", "run", "data", "train", "experts", "serve"],
+    "": ["storage", "unknown_keys", "config", "config_file", "models", "run", "data", "train", "experts", "serve"],
     "storage": ["errors", "store", "lease"],
     "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
     "data": ["sample", "formats", "captions", "encoded", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
-    "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "stages", "trainer"],
+    "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "trainer"],
     "experts": ["assign", "cut", "score", "report", "evaluate", "publish", "tune"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",

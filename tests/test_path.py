@@ -13,7 +13,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from aptp.release import read_release
-from aptp_platform.config import ConfigError, RunConfig, load_config, parse_config, to_tree
+from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.config_file import load_config, parse_config, to_tree
 from aptp_platform.experts.evaluate import evaluate
 from aptp_platform.run.cluster import free_ports
 from aptp_platform.run.path import STAGES, require_stage, run_stage
@@ -126,7 +127,7 @@ def test_a_second_run_reuses_every_stage_and_another_config_does_not(config: Run
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_an_evaluation_that_no_cluster_can_hold_is_one_line(config: RunConfig) -> None:
+def test_an_evaluation_that_no_cluster_can_hold_is_translate_errors(config: RunConfig) -> None:
     wanted = replace(config, evaluate=replace(config.evaluate, gpus_per_network=1.0))
     with pytest.raises(ConfigError, match=r"^evaluate.gpus_per_network: 1: the cluster has at most 0 GPU: lower it"):
         evaluate(wanted)

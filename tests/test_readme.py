@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aptp_platform.config import load_config
+from aptp_platform.config_file import load_config
 from aptp_platform.run.path import STAGES
 from aptp_platform.serve.args import ServeArgs
 
@@ -31,6 +31,7 @@ def test_the_jobs_in_the_readme_are_the_stages_in_their_order() -> None:
         assert submit == ["ray", "job", "submit", "--runtime-env", "jobs/runtime_env.yaml", "--"]
         assert (python, flag) == ("python", "--config")
         (stage,) = re.findall(r'run_job\("(\w+)"', (ROOT / script).read_text())
+        assert script == f"jobs/{STAGES[stage].script}.py"
         stages.append(stage)
         assert load_config(ROOT / config).root == "s3://aptp/run"
     assert stages == list(STAGES)

@@ -1,4 +1,4 @@
-"""The whole path on this machine: a Ray cluster, one submitted job a stage, the server, pictures of both models.
+"""The whole path on this machine: a Ray cluster, one submitted job per stage, the server, images of both models.
 
 python -m examples.emoji.demo [--fresh] [--config jobs/configs/demo.yaml] [--set section.field=value]
 """
@@ -29,26 +29,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from aptp_platform.config import ConfigError, load_config
+from aptp_platform.config import ConfigError
+from aptp_platform.config_file import load_config
 from aptp_platform.run.cluster import ClusterError, LocalCluster, port_is_free
-from aptp_platform.run.path import forget
+from aptp_platform.run.path import STAGES, forget
+from aptp_platform.run.progress import parse_line
 from examples.emoji.gallery import write_gallery
 
-JOBS = {
-    "encode": "encode_latents",
-    "prune": "prune_unet",
-    "assign": "assign_prompts",
-    "cut": "cut_experts",
-    "finetune": "finetune_experts",
-    "evaluate": "evaluate_experts",
-    "publish": "publish_release",
-}
 PROMPTS = (
     "noto emoji of red heart", "twemoji emoji of grinning face", "fluent emoji of red apple", "noto emoji of cat face",
     "fluent emoji of blue circle", "noto emoji of man lifting weights", "twemoji emoji of flag of Mozambique",
     "noto emoji of police car",
 )  # fmt: skip
-PROGRESS_LINE = re.compile(r"\[([\w-]+)\] (\d+)/(\d+) ?(.*)")
 SERVE_SECONDS = 120.0
 
 
@@ -103,9 +95,9 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     root.mkdir(parents=True, exist_ok=True)
     with LocalCluster(num_cpus=4, object_store_bytes=500_000_000) as cluster:
         console.print(f"Ray runs for this demo alone: dashboard {cluster.dashboard}", highlight=False)
-        for stage, job in JOBS.items():
-            command = f"python jobs/{job}.py --config {args.config}"
-            _submit(cluster, stage, command, [*args.set, *overrides], console)
+        for stage in STAGES.values():
+            command = f"python jobs/{stage.script}.py --config {args.config}"
+            _submit(cluster, stage.name, command, [*args.set, *overrides], console)
         console.print("\n[bold]serve[/bold]: ingress, router and one deployment per code")
         with _deploy(cluster, serve) as client:
             shown = _draw_all(client, console)
@@ -173,12 +165,11 @@ def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str
 def _show(line: str, progress: Progress, bars: dict[str, Any]) -> None:
     # Lines of workers arrive with Ray's prefix "(name pid=1) " in front.
     line = re.sub(r"^(\x1b\[\d+m)?\([^)]*pid=[^)]*\)(\x1b\[0m)? ?", "", line)
-    if match := PROGRESS_LINE.match(line):
-        name, done, total, facts = match.groups()
-        if name not in bars:
-            bars[name] = progress.add_task(name, total=int(total), facts="")
-        progress.update(bars[name], completed=int(done), total=int(total), facts=facts)
-    elif line.startswith(tuple(f"[{stage}] " for stage in JOBS)):
+    if found := parse_line(line):
+        if found.name not in bars:
+            bars[found.name] = progress.add_task(found.name, total=found.total, facts="")
+        progress.update(bars[found.name], completed=found.done, total=found.total, facts=found.facts)
+    elif line.startswith(tuple(f"[{stage}] " for stage in STAGES)):
         progress.console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -23,7 +23,7 @@ PACKAGE = "package:"
 
 
 @dataclass(frozen=True)
-class Parts:
+class PipelineParts:
     """The parts of a Stable Diffusion pipeline: fp32, evaluation mode, no gradients."""
 
     unet: diffusers.UNet2DConditionModel
@@ -31,6 +31,19 @@ class Parts:
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
+
+    def pipeline(self, unet: Any = None) -> diffusers.StableDiffusionPipeline:
+        """The stock pipeline of these parts, with another UNet in the place of theirs if one is given."""
+        return diffusers.StableDiffusionPipeline(
+            unet=self.unet if unet is None else unet,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
 
 
 def fetch_model(spec: str, storage: StorageConfig) -> Path:
@@ -79,7 +92,7 @@ def check_pipeline(config: ModelConfig, storage: StorageConfig) -> Path:
     return folder
 
 
-def load_pipeline_parts(config: ModelConfig, storage: StorageConfig) -> Parts:
+def load_pipeline_parts(config: ModelConfig, storage: StorageConfig) -> PipelineParts:
     """Load the pipeline: fp32, evaluation mode, safetensors only, with the configured text encoder in it.
 
     Raises:
@@ -95,7 +108,7 @@ def load_pipeline_parts(config: ModelConfig, storage: StorageConfig) -> Parts:
             f"reads {unet.config.cross_attention_dim}: name the text encoder that the UNet was trained with"
         )
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
-    return Parts(
+    return PipelineParts(
         unet=unet,
         vae=_load(diffusers.AutoencoderKL, folder, "vae", config),
         text_encoder=text_encoder,

@@ -12,20 +12,10 @@ from hypothesis import strategies as st
 from aptp.relax import Relaxation
 from aptp.router import RouterConfig
 from aptp.sites import Granule, any_order, read_space
-from aptp_platform.config import (
-    ConfigError,
-    GranuleSection,
-    RelaxationSection,
-    RouterSection,
-    RunConfig,
-    SpaceSection,
-    dump_config,
-    load_config,
-    parse_config,
-    to_tree,
-)
+from aptp_platform.config import ConfigError, GranuleSection, RelaxationSection, RouterSection, RunConfig, SpaceSection
+from aptp_platform.config_file import dump_config, load_config, parse_config, to_tree
 from aptp_platform.models import pruning_space
-from aptp_platform.train.stages import router_config
+from aptp_platform.train.specs import router_config
 from tests.support import tiny
 
 MINIMAL = {"data": {"source": "s3://bucket/shards"}, "model": {"pipeline": "/models/sd"}}

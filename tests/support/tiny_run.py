@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from aptp_platform.config import RunConfig, parse_config
-from aptp_platform.data.encoded import encoded_table, write_part
+from aptp_platform.config import RunConfig
+from aptp_platform.config_file import parse_config
+from aptp_platform.data.encoded import encoded_table, write_table
 from aptp_platform.storage.store import Store
 from tests.support.tiny_pipeline import build_pipeline
 
@@ -27,7 +28,7 @@ def tiny_run(folder: Path, *, num_codes: int = 2, budget: float = 0.7, steps: in
             [(noise.normal(size=(CAPTIONS, DIM)) + 4 * (number % 2)).astype(np.float16) for number in numbers],
             ["{}"] * ROWS,
         )
-        write_part(root.join("encoded"), f"{name}.parquet", table)
+        write_table(root.join("encoded"), f"{name}.parquet", table)
     training = {
         "steps": steps, "batch_size": 8, "warmup_steps": 2, "workers": workers, "cpus_per_worker": 0.5,
         "checkpoint_every": 2, "learning_rate": 0.01,

@@ -16,7 +16,7 @@ from aptp_platform.config import EngineConfig, TrainingConfig
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
 from aptp_platform.train.loop import gather_rows
-from tests.support.toy_stage import ToyModule
+from tests.support.toy_spec import ToyModule
 
 CONFIG = {"seed": 0, "prune": {"batch_size": 4}}
 

@@ -15,8 +15,8 @@ from ray.cluster_utils import Cluster
 
 from aptp_platform.storage.store import Store
 from aptp_platform.train.trainer import fit
-from tests.support import toy_stage
-from tests.support.toy_stage import toy
+from tests.support import toy_spec
+from tests.support.toy_spec import toy
 
 NODES = 4  # two are used, two are spare
 STEPS, EVERY = 90, 20
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
         cluster.add_node(wait=False, num_cpus=1, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
-    ray.cloudpickle.register_pickle_by_value(toy_stage)
+    ray.cloudpickle.register_pickle_by_value(toy_spec)
     stage = toy(folder, steps=STEPS, every=EVERY, workers=2, faults=FAULTS, pause=0.1)
     stage = replace(stage, training=replace(stage.training, cpus_per_worker=1.0))
     print(json.dumps(fit(stage, Store.open(folder), "run")))

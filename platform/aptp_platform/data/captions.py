@@ -21,7 +21,8 @@ from aptp_platform.data.formats.listing import read_coco, read_image_folder, rea
 from aptp_platform.data.formats.parquet import read_parquet
 from aptp_platform.data.formats.tar import read_shard
 from aptp_platform.data.sample import CaptionedImage, Fault, decode_image
-from aptp_platform.storage.store import StorageConfig, Store, StoreError
+from aptp_platform.storage.errors import StoreError
+from aptp_platform.storage.store import StorageConfig, Store
 
 if TYPE_CHECKING:
     from aptp_platform.config import DataConfig  # brings torch, which no reading task needs

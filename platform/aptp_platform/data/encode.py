@@ -21,7 +21,8 @@ import torch
 
 from aptp.latents import encode_images
 from aptp.prompts import PromptEncoder
-from aptp_platform.config import ModelConfig, RunConfig, to_tree
+from aptp_platform.config import ModelConfig, RunConfig
+from aptp_platform.config_file import to_tree
 from aptp_platform.data.captions import (
     READER_CPUS,
     SourceFile,
@@ -32,6 +33,7 @@ from aptp_platform.data.captions import (
 )
 from aptp_platform.data.encoded import FAULTS, encoded_table, write_rows
 from aptp_platform.models import check_pipeline, fetch_model, load_vae
+from aptp_platform.run.layout import ENCODED
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import StorageConfig, Store
@@ -59,7 +61,7 @@ def encode(config: RunConfig) -> dict[str, Any]:
         "GPU": ("gpus_per_actor", config.encode.gpus_per_actor),
     }
     require_room("encode", "actors", config.encode.actors, shares, spare=READER_CPUS)
-    store = Store.open(config.root, config.storage).join("encoded")
+    store = Store.open(config.root, config.storage).join(ENCODED)
     written = _encode_waves(config, files, store)
     faults = [fault for part in written for fault in part["faults"]]
     with store.open_file(QUARANTINE, "wb") as stream:
@@ -188,7 +190,7 @@ def _encode_wave(config: RunConfig, wave: Sequence[SourceFile], target: Store) -
         batch_format="pyarrow",
         num_cpus=READER_CPUS,
     )
-    with plain_errors():
+    with translated_errors():
         for batch in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from cast(pa.Table, batch).to_pylist()
 
@@ -240,7 +242,7 @@ def _check_share(
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def translated_errors() -> Iterator[None]:
     """A ValueError of a worker as a ValueError here, with its one line and without what Ray adds to it."""
     try:
         yield

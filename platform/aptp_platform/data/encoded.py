@@ -72,7 +72,7 @@ def encoded_table(
     )
 
 
-def write_part(store: Store, name: str, table: pa.Table) -> None:
+def write_table(store: Store, name: str, table: pa.Table) -> None:
     """One Parquet file, which appears when it is whole."""
     with store.open_file(name, "wb") as stream:
         pq.write_table(table, stream, row_group_size=GROUP_ROWS, compression="zstd", use_dictionary=False)
@@ -94,20 +94,26 @@ def write_rows(store: Store, without_latents: Sequence[str], table: pa.Table) ->
             if split in without_latents:
                 shape = json.dumps(good.schema.field("latents").type.shape).encode()
                 good = good.drop_columns(["latents"]).replace_schema_metadata({_SHAPE: shape})
-            write_part(store, f"{split}/part-{place:06d}-{row:09d}.parquet", good)
+            write_table(store, f"{split}/part-{place:06d}-{row:09d}.parquet", good)
         place = rows["position"][len(rows) - 1].as_py() >> 32
         faults = bad.rename_columns(FAULTS.names).to_pylist()
         written.append({"split": split, "place": place, "rows": len(good), "faults": faults})
     return pa.Table.from_pylist(written, WRITTEN)
 
 
-def latent_shape(store: Store, part: str) -> tuple[int, ...]:
+def latent_shape(store: Store, name: str) -> tuple[int, ...]:
     """Channels, height and width of the latents of a file's rows, whether they are in it or not."""
-    with store.open_file(part) as stream:
+    with store.open_file(name) as stream:
         schema = pq.read_schema(stream)
     if "latents" in schema.names:
         return tuple(schema.field("latents").type.shape)
     return tuple(json.loads(schema.metadata[_SHAPE]))
+
+
+def latent_size(encoded: Store) -> tuple[int, int]:
+    """Height and width of the latents of an encoded data set."""
+    _, height, width = latent_shape(encoded, encoded.require("*.parquet", "root, or run the encode job first")[0])
+    return height, width
 
 
 def read_encoded(store: Store, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -118,10 +124,10 @@ def read_encoded(store: Store, columns: Sequence[str] | None = None) -> list[dic
     """
     names = store.require("*.parquet", "root, or run the encode job first")
     with ThreadPoolExecutor(READERS) as threads:
-        return [row for rows in threads.map(lambda name: read_part(store, name, columns), names) for row in rows]
+        return [row for rows in threads.map(lambda name: read_table(store, name, columns), names) for row in rows]
 
 
-def read_part(store: Store, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def read_table(store: Store, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows of one file as dictionaries; tensors are numpy arrays."""
     with store.open_file(name) as stream:
         table = pq.read_table(stream, columns=list(columns) if columns else None)

@@ -19,8 +19,9 @@ import torch
 
 from aptp.router import Router
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.data.encode import plain_errors
-from aptp_platform.data.encoded import READER_CPUS, write_part
+from aptp_platform.data.encode import translated_errors
+from aptp_platform.data.encoded import READER_CPUS, write_table
+from aptp_platform.run.layout import ASSIGNED, PRUNED, ROUTER, TRAIN_ROWS
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
@@ -44,18 +45,18 @@ def assign(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
         ConfigError: a code has fewer prompts than `assign.min_prompts`, or there is nothing to route.
     """
     root = Store.open(config.root, config.storage)
-    encoded, target = encoded or root.join("encoded", "train"), root.join("assigned")
+    encoded, target = encoded or root.join(TRAIN_ROWS), root.join(ASSIGNED)
     names = encoded.require("*.parquet", "root, or run the encode job first")
-    root.remove("assigned")
+    root.remove(ASSIGNED)
     with tempfile.TemporaryDirectory() as scratch:
-        router = Router.load(root.fetch("pruned/router", scratch))
+        router = Router.load(root.join(PRUNED).fetch(ROUTER, scratch))
     _publish(router, target)
     (usage, familiarity), least = _route_all(config, encoded, target, names), config.assign.min_prompts
     kept = list(range(router.num_codes))
     if few := [code for code in kept if usage[code] < least]:
         found = f"code {few[0]} has {usage[few[0]]} of {usage.sum()} prompts"
         if config.assign.if_fewer == "fail" or usage.sum() < least:
-            root.remove("assigned")
+            root.remove(ASSIGNED)
             raise ConfigError(
                 f"assign.min_prompts: {least}: {found}: lower it, set assign.if_fewer to merge, lower "
                 "router.num_codes, or prune longer"
@@ -77,7 +78,7 @@ class Assigner:
 
     def __init__(self, encoded: Store, target: Store) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            self.router = Router.load(target.fetch("router", scratch)).eval()
+            self.router = Router.load(target.fetch(ROUTER, scratch)).eval()
         self.encoded, self.target = encoded, target
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
@@ -91,15 +92,15 @@ class Assigner:
         routes = self.router.route_embeddings(rows)
         familiarity = torch.histc(self.router.familiarity(rows), _BINS, -1, 1)
         codes = np.split(routes.indices.numpy(), np.cumsum([len(each) for each in embeddings])[:-1])
-        write_part(self.target, name, pa.table({"key": table["key"], "codes": pa.array(codes, pa.list_(pa.int64()))}))
+        write_table(self.target, name, pa.table({"key": table["key"], "codes": pa.array(codes, pa.list_(pa.int64()))}))
         usage = torch.bincount(routes.indices, minlength=self.router.num_codes)
         return {"usage": usage.tolist(), "familiarity": familiarity.long().tolist()}
 
 
 def _publish(router: Router, target: Store) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        router.save(Path(scratch) / "router")
-        target.publish(Path(scratch) / "router", "router", last=("router.json",))
+        router.save(Path(scratch) / ROUTER)
+        target.publish(Path(scratch) / ROUTER, ROUTER, last=("router.json",))
 
 
 def _route_all(config: RunConfig, encoded: Store, target: Store, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +119,7 @@ def _route_all(config: RunConfig, encoded: Store, target: Store, names: Sequence
     usage: Any = 0
     familiarity: Any = 0
     done = 0
-    with plain_errors(), Progress("assign", len(names)) as progress:
+    with translated_errors(), Progress("assign", len(names)) as progress:
         for batch in routed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in cast(pa.Table, batch).to_pylist():
                 usage = usage + np.array(row["usage"])

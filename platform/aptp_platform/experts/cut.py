@@ -13,11 +13,11 @@ from aptp.cost import cost_table
 from aptp.expert import BaseModel, save_expert
 from aptp.slicing import slice_unet
 from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import assigned_router
+from aptp_platform.run.layout import CUT, TRAIN_ROWS, assigned_router, network_of
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
-from aptp_platform.train.stream import latent_size
 
 BASELINES: Final = ("uniform", "magnitude", "random", "block-removal")
 
@@ -32,12 +32,12 @@ def cut(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
         ConfigError: a baseline is unknown.
     """
     root = Store.open(config.root, config.storage)
-    encoded = encoded or root.join("encoded", "train")
+    encoded = encoded or root.join(TRAIN_ROWS)
     if unknown := [name for name in config.cut.baselines if name not in BASELINES]:
         raise ConfigError(f"cut.baselines: {unknown[0]!r}: must be one of {', '.join(BASELINES)}")
     router = assigned_router(root)
     codes = router.architecture_codes()
-    wanted = {f"{index:02d}": code for index, code in enumerate(codes)} | dict.fromkeys(config.cut.baselines)
+    wanted = {network_of(index): code for index, code in enumerate(codes)} | dict.fromkeys(config.cut.baselines)
     size = latent_size(encoded)
     pending = {_cut_one.remote(config, name, code, router.space, size): name for name, code in wanted.items()}
     ratios: dict[str, float] = {}
@@ -65,7 +65,7 @@ def _cut_one(
         small = slice_unet(parts.unet, code)
         base = BaseModel.of(parts.unet, config.model.pipeline)
         save_expert(Path(scratch) / name, small, code, base=base, cost=table)
-        root.join("cut").publish(Path(scratch) / name, name, last=("code.json",))
+        root.join(CUT).publish(Path(scratch) / name, name, last=("code.json",))
     return float(table.ratio(code.mask[None])[0])
 
 

@@ -27,7 +27,7 @@ from aptp_platform.data.captions import decode_rows, read_captioned, source_file
 from aptp_platform.experts.report import write_report
 from aptp_platform.experts.score import HeldOut, batches_of, read_held_out, row_generator, row_losses
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import assigned_router
+from aptp_platform.run.layout import FINETUNED, HELD_OUT_ROWS, assigned_router, network_of
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
@@ -36,8 +36,8 @@ TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
-class Part:
-    """One network and the rows that it answers for."""
+class ArmShare:
+    """The share of an arm that one network answers for: its rows."""
 
     arm: str
     network: str | None  # a folder under the run's root; None: the teacher
@@ -47,7 +47,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one part measured: a loss a row, and features and small pictures of the rows it generated."""
+    """What one share measured: a loss per row, and features and small pictures of the rows it generated."""
 
     losses: Float[np.ndarray, " row"]
     features: Float[np.ndarray, "generated dim"]
@@ -61,25 +61,25 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         ConfigError: a network's task is larger than the cluster, or there is no held-out row.
     """
     settings = config.evaluate
-    shares = {
+    demands = {
         "CPU": ("cpus_per_network", settings.cpus_per_network),
         "GPU": ("gpus_per_network", settings.gpus_per_network),
     }
-    require_room("evaluate", None, 1, shares, spare=0.0)
+    require_room("evaluate", None, 1, demands, spare=0.0)
     root = Store.open(config.root, config.storage)
-    held = read_held_out(config, root.join("encoded", "heldout"), config.evaluate.images)
+    held = read_held_out(config, root.join(HELD_OUT_ROWS), config.evaluate.images)
     router = assigned_router(root)
     codes = router.route_embeddings(held.embeddings).indices.tolist()
-    parts = list(_parts(config, root, codes, router.num_codes))
-    scored = _score_all(config, held, parts)
+    shares = list(_arm_shares(config, root, codes, router.num_codes))
+    scored = _score_all(config, held, shares)
     real = _real_features(config)
     arms: dict[str, Any] = {}
     losses: dict[str, np.ndarray] = {}
-    for arm in dict.fromkeys(part.arm for part in parts):
-        mine = [(part, scores) for part, scores in zip(parts, scored, strict=True) if part.arm == arm]
+    for arm in dict.fromkeys(share.arm for share in shares):
+        mine = [(share, scores) for share, scores in zip(shares, scored, strict=True) if share.arm == arm]
         losses[arm], ratios = np.empty(len(codes)), np.empty(len(codes))
-        for part, scores in mine:
-            losses[arm][part.rows], ratios[part.rows] = scores.losses, part.ratio
+        for share, scores in mine:
+            losses[arm][share.rows], ratios[share.rows] = scores.losses, share.ratio
         features = np.concatenate([scores.features for _, scores in mine])
         arms[arm] = {
             "macs_ratio": float(ratios.mean()),
@@ -91,12 +91,12 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
             extra = losses[arm] - losses[TEACHER]
             facts["extra_loss"] = float(extra.mean())
             facts["extra_loss_95"] = _interval(extra)
-    expert_ratios = [part.ratio for part in parts if part.arm == "experts"]
+    expert_ratios = [share.ratio for share in shares if share.arm == "experts"]
     metrics = {
         "held_out": len(codes),
         "generated": min(len(codes), config.evaluate.generated),
         "arms": arms,
-        "codes": _code_facts(parts, codes),
+        "codes": _code_facts(shares, codes),
         "kinds": _kind_facts(held.kinds, codes, expert_ratios, losses),
         "experts_minus_baselines": {
             arm: {
@@ -108,7 +108,10 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         },
     }
     thumbnails = {
-        arm: _in_order(config, [(p, s) for p, s in zip(parts, scored, strict=True) if p.arm == arm]) for arm in arms
+        arm: _in_order(
+            config, [(share, scores) for share, scores in zip(shares, scored, strict=True) if share.arm == arm]
+        )
+        for arm in arms
     }
     write_report(root, metrics, held.captions, thumbnails)
     experts = arms["experts"]
@@ -119,17 +122,17 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _parts(config: RunConfig, root: Store, codes: list[int], num_codes: int) -> Iterator[Part]:
+def _arm_shares(config: RunConfig, root: Store, codes: list[int], num_codes: int) -> Iterator[ArmShare]:
     everything = list(range(len(codes)))
-    yield Part(TEACHER, None, 1.0, everything)
+    yield ArmShare(TEACHER, None, 1.0, everything)
     for name in config.cut.baselines:
-        folder = f"finetuned/{name}"
-        yield Part(name, folder, _ratio(root, folder), everything)
+        folder = f"{FINETUNED}/{name}"
+        yield ArmShare(name, folder, _ratio(root, folder), everything)
     for code in range(num_codes):
         rows = [row for row in everything if codes[row] == code]
         if rows:  # a code may have no held-out prompt
-            folder = f"finetuned/{code:02d}"
-            yield Part("experts", folder, _ratio(root, folder), rows)
+            folder = f"{FINETUNED}/{network_of(code)}"
+            yield ArmShare("experts", folder, _ratio(root, folder), rows)
 
 
 def _ratio(root: Store, folder: str) -> float:
@@ -138,39 +141,36 @@ def _ratio(root: Store, folder: str) -> float:
         return read_expert_info(root.fetch(folder, scratch)).cost.ratio
 
 
-def _score_all(config: RunConfig, held: HeldOut, parts: list[Part]) -> list[Scores]:
+def _score_all(config: RunConfig, held: HeldOut, shares: list[ArmShare]) -> list[Scores]:
     shared, settings = ray.put(held), ray.put(config)
     task = _score.options(num_cpus=config.evaluate.cpus_per_network, num_gpus=config.evaluate.gpus_per_network)
     # The one with most rows first, so that no long one is left for last.
-    order = sorted(range(len(parts)), key=lambda index: -len(parts[index].rows))
-    pending = {task.remote(settings, shared, parts[index]): index for index in order}
+    order = sorted(range(len(shares)), key=lambda index: -len(shares[index].rows))
+    pending = {task.remote(settings, shared, shares[index]): index for index in order}
     scored: dict[int, Scores] = {}
-    with Progress("evaluate", len(parts)) as progress:
+    with Progress("evaluate", len(shares)) as progress:
         progress.update(0)
         while pending:
             (ready,), _ = ray.wait(list(pending))
             index = pending.pop(ready)
             scored[index] = ray.get(ready)
-            progress.update(len(scored), network=parts[index].network or TEACHER)
-    return [scored[index] for index in range(len(parts))]
+            progress.update(len(scored), network=shares[index].network or TEACHER)
+    return [scored[index] for index in range(len(shares))]
 
 
 @ray.remote
-def _score(config: RunConfig, held: HeldOut, part: Part) -> Scores:
+def _score(config: RunConfig, held: HeldOut, share: ArmShare) -> Scores:
     parts = load_pipeline_parts(config.model, config.storage)
     unet = parts.unet
-    if part.network is not None:
+    if share.network is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            unet = load_expert(Store.open(config.root, config.storage).fetch(part.network, scratch))
+            unet = load_expert(Store.open(config.root, config.storage).fetch(share.network, scratch))
     device = torch.device("cuda" if config.evaluate.gpus_per_network else "cpu")
-    pipeline = StableDiffusionPipeline(
-        unet=unet.eval(), vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
-        scheduler=parts.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).to(device)  # fmt: skip
+    pipeline = parts.pipeline(unet.eval()).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    generated = [row for row in part.rows if row < config.evaluate.generated]
+    generated = [row for row in share.rows if row < config.evaluate.generated]
     features, thumbnails = _generate(config, pipeline, held, generated)
-    return Scores(row_losses(config.evaluate, parts, unet, held, part.rows), features, thumbnails)
+    return Scores(row_losses(config.evaluate, parts, unet, held, share.rows), features, thumbnails)
 
 
 @torch.no_grad()
@@ -213,20 +213,20 @@ def _real_features(config: RunConfig) -> Float[Tensor, "real dim"]:
     return torch.cat(features)
 
 
-def _in_order(config: RunConfig, mine: list[tuple[Part, Scores]]) -> list[bytes]:
-    """Thumbnails of the generated rows, in the rows' order whichever part made them."""
+def _in_order(config: RunConfig, mine: list[tuple[ArmShare, Scores]]) -> list[bytes]:
+    """Thumbnails of the generated rows, in the rows' order whichever share made them."""
     found: dict[int, bytes] = {}
-    for part, scores in mine:
-        rows = [row for row in part.rows if row < config.evaluate.generated]
+    for share, scores in mine:
+        rows = [row for row in share.rows if row < config.evaluate.generated]
         found.update(zip(rows, scores.thumbnails, strict=True))
     return [found[row] for row in sorted(found)]
 
 
-def _code_facts(parts: list[Part], codes: list[int]) -> list[dict[str, Any]]:
-    experts = [part for part in parts if part.arm == "experts"]
+def _code_facts(shares: list[ArmShare], codes: list[int]) -> list[dict[str, Any]]:
+    experts = [share for share in shares if share.arm == "experts"]
     return [
-        {"code": codes[part.rows[0]], "macs_ratio": part.ratio, "share": len(part.rows) / len(codes)}
-        for part in experts
+        {"code": codes[share.rows[0]], "macs_ratio": share.ratio, "share": len(share.rows) / len(codes)}
+        for share in experts
     ]
 
 

@@ -6,16 +6,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
-
 import aptp
 import aptp_platform
 from aptp.expert import read_expert_info
 from aptp.prompts import PromptEncoder
 from aptp.release import ReleaseInfo, write_release
-from aptp_platform.config import RunConfig, to_tree
+from aptp_platform.config import RunConfig
+from aptp_platform.config_file import to_tree
 from aptp_platform.models import fetch_model, load_pipeline_parts
-from aptp_platform.run.layout import assigned_router
+from aptp_platform.run.layout import EVALUATED, FINETUNED, RELEASE, assigned_router, network_of
 from aptp_platform.run.path import fingerprint, require_stage
 from aptp_platform.storage.store import Store
 
@@ -27,7 +26,7 @@ def publish(config: RunConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         router = assigned_router(root)
         router.encoder = PromptEncoder.load(fetch_model(config.model.prompt_encoder, config.storage))
-        experts = [root.fetch(f"finetuned/{code:02d}", scratch) for code in range(router.num_codes)]
+        experts = [root.join(FINETUNED).fetch(network_of(code), scratch) for code in range(router.num_codes)]
         _write_pipeline(config, Path(scratch) / "pipeline")
         release = write_release(
             Path(scratch) / "release",
@@ -36,20 +35,16 @@ def publish(config: RunConfig) -> dict[str, Any]:
             experts=experts,
             shares=assigned["shares"],
             info=_info(config, experts[0], assigned["familiar"]),
-            report=root.fetch("evaluated", scratch),
+            report=root.fetch(EVALUATED, scratch),
             with_teacher=True,
         )
-        root.publish(release.path, "release")
-    return {"release": root.join("release").uri, "codes": release.num_codes, "MACs ratio": round(release.ratio, 3)}
+        root.publish(release.path, RELEASE)
+    return {"release": root.join(RELEASE).uri, "codes": release.num_codes, "MACs ratio": round(release.ratio, 3)}
 
 
 def _write_pipeline(config: RunConfig, folder: Path) -> None:
     """The whole model as one stock diffusers folder, whatever parts of it came from elsewhere."""
-    parts = load_pipeline_parts(config.model, config.storage)
-    StableDiffusionPipeline(
-        unet=parts.unet, vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
-        scheduler=parts.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder)  # fmt: skip
+    load_pipeline_parts(config.model, config.storage).pipeline().save_pretrained(folder)
 
 
 def _info(config: RunConfig, expert: Path, familiar: float) -> ReleaseInfo:

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from aptp_platform.run.layout import EVALUATED
 from aptp_platform.storage.store import Store
 
 SHOWN = 24
@@ -27,7 +28,7 @@ def write_report(
         _draw_codes(folder / "codes.png", metrics)
         (folder / "report.html").write_text(_page(folder, metrics, captions, thumbnails))
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        store.publish(folder, "evaluated", last=["metrics.json"])
+        store.publish(folder, EVALUATED, last=["metrics.json"])
 
 
 def _draw_arms(path: Path, metrics: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from aptp.losses import NoiseSchedule
 from aptp.metrics import paired_denoising_loss
 from aptp_platform.config import ConfigError, EvaluateConfig, RunConfig
 from aptp_platform.data.encoded import choose_caption, read_encoded
-from aptp_platform.models import Parts
+from aptp_platform.models import PipelineParts
 from aptp_platform.storage.store import Store
 
 
@@ -54,7 +54,7 @@ def read_held_out(config: RunConfig, encoded: Store, limit: int) -> HeldOut:
 
 @torch.no_grad()
 def row_losses(
-    config: EvaluateConfig, parts: Parts, unet: nn.Module, held: HeldOut, rows: list[int]
+    config: EvaluateConfig, parts: PipelineParts, unet: nn.Module, held: HeldOut, rows: list[int]
 ) -> Float[np.ndarray, " row"]:
     """Each row's loss under `unet`, where that is, and the mean over `config.timesteps`."""
     device = next(unet.parameters()).device

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from aptp.expert import load_expert
-from aptp_platform.config import RunConfig, to_tree
+from aptp_platform.config import RunConfig
+from aptp_platform.config_file import to_tree
 from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
 from aptp_platform.experts.score import read_held_out, row_losses
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import assigned_router
+from aptp_platform.run.layout import CUT, HELD_OUT_ROWS, TRAIN_ROWS, TRIALS, assigned_router, network_of
 from aptp_platform.storage.store import Store
 from aptp_platform.train.trainer import check_group, prune
 
@@ -51,8 +52,8 @@ def tune(config: RunConfig) -> dict[str, Any]:
     A trial that had finished under the same config is not run again; one that was interrupted goes on.
     """
     root = Store.open(config.root, config.storage)
-    root.join("encoded", "train").require("*.parquet", "root, or run the encode job first")
-    root.join("encoded", "heldout").require("*.parquet", "data.heldout, or run the encode job first")
+    root.join(TRAIN_ROWS).require("*.parquet", "root, or run the encode job first")
+    root.join(HELD_OUT_ROWS).require("*.parquet", "data.heldout, or run the encode job first")
     check_group(config.prune.run, "prune.run", config.encode)
     pairs = list(product(config.tune.num_codes, config.tune.budgets))
     chosen = np.random.default_rng(config.seed).permutation(len(pairs))[: config.tune.trials]
@@ -71,7 +72,7 @@ def tune(config: RunConfig) -> dict[str, Any]:
     pareto = pareto_set([(trial.ratio, trial.loss) for trial in trials])
     _print(trials, pareto)
     rows = [{**asdict(trial), "pareto": index in pareto} for index, trial in enumerate(trials)]
-    root.join("tune").write_json("results.json", {"config": to_tree(config), "trials": rows})
+    root.join(TRIALS).write_json("results.json", {"config": to_tree(config), "trials": rows})
     return {"trials": len(trials), "pareto": [rows[index]["folder"] for index in pareto]}
 
 
@@ -89,7 +90,7 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     shared = Store.open(config.root, config.storage)
     name = f"codes-{num_codes}-budget-{budget:g}"
-    folder = shared.join("tune", name)
+    folder = shared.join(TRIALS, name)
     own = replace(
         config,
         root=folder.uri,
@@ -99,7 +100,7 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     facts = {"config": to_tree(own)}
     if folder.exists("trial.json") and (before := folder.read_json("trial.json"))["config"] == facts["config"]:
         return {"trial": before["trial"]}
-    encoded = shared.join("encoded", "train")
+    encoded = shared.join(TRAIN_ROWS)
     prune(own, encoded)
     shares = assign(own, encoded)["shares"]
     ratios = cut(own, encoded)["MACs ratios"]
@@ -115,13 +116,13 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
 def _score(config: RunConfig, shared: Store, ratios: dict[str, float]) -> tuple[float, float, float]:
     """Mean held-out loss of the experts, of the full model on the same rows and noise, and the experts' MACs ratio."""
     parts = load_pipeline_parts(config.model, config.storage)
-    held = read_held_out(config, shared.join("encoded", "heldout"), SCORED_ROWS)
+    held = read_held_out(config, shared.join(HELD_OUT_ROWS), SCORED_ROWS)
     own = Store.open(config.root, config.storage)
-    names = [f"{code:02d}" for code in assigned_router(own).route_embeddings(held.embeddings).indices.tolist()]
+    names = [network_of(code) for code in assigned_router(own).route_embeddings(held.embeddings).indices.tolist()]
     ours = []
     with TemporaryDirectory() as scratch:
         for name in sorted(set(names)):
-            expert = load_expert(own.join("cut").fetch(name, scratch)).float()
+            expert = load_expert(own.join(CUT).fetch(name, scratch)).float()
             mine = [row for row in range(len(names)) if names[row] == name]
             ours.append(row_losses(config.evaluate, parts, expert, held, mine))
     full = row_losses(config.evaluate, parts, parts.unet, held, list(range(len(names))))

@@ -10,7 +10,8 @@ from typing import Any
 
 import ray
 
-from aptp_platform.config import ConfigError, RunConfig, load_config, places
+from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.config_file import load_config, places
 from aptp_platform.run.path import reach_places, run_stage
 
 _COPIES = "working_dir_files"  # of a Ray session: where a submitted job finds the copy of its working directory

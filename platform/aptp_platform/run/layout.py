@@ -1,12 +1,50 @@
-"""Where a run keeps what its stages make."""
+"""Where a run keeps what its stages make: the folders under its root, and the names in them.
+
+encoded/{train,heldout}/   Parquet files of latents, captions and sentence embeddings
+pruned/router/             router and codes as they were learned; checkpoints/ and tensorboard/ beside it
+assigned/                  the router that is used from here on, and a file of codes for each encoded file
+cut/00/ ... cut/uniform/   one network per code and per baseline
+finetuned/00/ ...          the same networks after training; checkpoints/ and tensorboard/ beside them
+evaluated/                 metrics, figures, report
+release/                   what a server reads
+tune/                      one folder per trial of a sweep, each laid out as a root
+stages/                    one record per stage: fingerprint, and summary once it is done
+"""
+
+from __future__ import annotations
 
 import tempfile
+from typing import TYPE_CHECKING, Final
 
-from aptp.router import Router
 from aptp_platform.storage.store import Store
+
+if TYPE_CHECKING:
+    from aptp.router import Router
+
+ENCODED: Final = "encoded"
+TRAIN_ROWS: Final = "encoded/train"
+HELD_OUT_ROWS: Final = "encoded/heldout"
+PRUNED: Final = "pruned"
+ASSIGNED: Final = "assigned"
+CUT: Final = "cut"
+FINETUNED: Final = "finetuned"
+EVALUATED: Final = "evaluated"
+RELEASE: Final = "release"
+TRIALS: Final = "tune"
+RECORDS: Final = "stages"
+ROUTER: Final = "router"  # in the folders of pruned and assigned
+CHECKPOINTS: Final = "checkpoints"  # in the folders of the two trainings, as is TENSORBOARD
+TENSORBOARD: Final = "tensorboard"
+
+
+def network_of(code: int) -> str:
+    """The name of a code's network in `cut/` and `finetuned/`."""
+    return f"{code:02d}"
 
 
 def assigned_router(root: Store) -> Router:
     """The router whose codes are cut, fine-tuned and served."""
+    from aptp.router import Router  # torch, which the drivers that only start jobs do without
+
     with tempfile.TemporaryDirectory() as scratch:
-        return Router.load(root.fetch("assigned/router", scratch))
+        return Router.load(root.join(ASSIGNED).fetch(ROUTER, scratch))

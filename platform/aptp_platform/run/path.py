@@ -13,9 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aptp_platform.config import ConfigError, RunConfig, places, to_tree
+from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.config_file import places, to_tree
+from aptp_platform.run import layout
+from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.lease import Lease
-from aptp_platform.storage.store import Store, StoreError
+from aptp_platform.storage.store import Store
 
 Summary = dict[str, Any]
 MODEL_FILES = ("**/*.json", "**/*.safetensors", "**/*.txt")  # not the card or its pictures
@@ -26,6 +29,7 @@ class Stage:
     """One step of the path."""
 
     name: str
+    script: str  # in jobs/: what one submits for it
     folder: str  # under the run's root; written by this stage alone
     sections: tuple[str, ...]  # of the config: what the result depends on
     after: tuple[str, ...]  # stages whose folders it reads
@@ -36,13 +40,37 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("encode", "encoded", ("data", "model", "encode"), (), "data.encode:encode", ("data", "model")),
-        Stage("prune", "pruned", ("seed", "router", "space", "prune"), ("encode",), "train.trainer:prune"),
-        Stage("assign", "assigned", ("assign",), ("encode", "prune"), "experts.assign:assign"),
-        Stage("cut", "cut", ("cut",), ("assign",), "experts.cut:cut"),
-        Stage("finetune", "finetuned", ("finetune",), ("encode", "cut"), "train.trainer:finetune"),
-        Stage("evaluate", "evaluated", ("evaluate",), ("encode", "finetune"), "experts.evaluate:evaluate"),
-        Stage("publish", "release", (), ("finetune", "evaluate"), "experts.publish:publish"),
+        Stage(
+            "encode",
+            "encode_latents",
+            layout.ENCODED,
+            ("data", "model", "encode"),
+            (),
+            "data.encode:encode",
+            ("data", "model"),
+        ),
+        Stage(
+            "prune",
+            "prune_unet",
+            layout.PRUNED,
+            ("seed", "router", "space", "prune"),
+            ("encode",),
+            "train.trainer:prune",
+        ),
+        Stage("assign", "assign_prompts", layout.ASSIGNED, ("assign",), ("encode", "prune"), "experts.assign:assign"),
+        Stage("cut", "cut_experts", layout.CUT, ("cut",), ("assign",), "experts.cut:cut"),
+        Stage(
+            "finetune", "finetune_experts", layout.FINETUNED, ("finetune",), ("encode", "cut"), "train.trainer:finetune"
+        ),
+        Stage(
+            "evaluate",
+            "evaluate_experts",
+            layout.EVALUATED,
+            ("evaluate",),
+            ("encode", "finetune"),
+            "experts.evaluate:evaluate",
+        ),
+        Stage("publish", "publish_release", layout.RELEASE, (), ("finetune", "evaluate"), "experts.publish:publish"),
     )
 }
 
@@ -140,7 +168,7 @@ def _record(name: str) -> str:
 
     Outside the stage's own folder: a release is a folder in which every file is accounted for.
     """
-    return f"stages/{name}.json"
+    return f"{layout.RECORDS}/{name}.json"
 
 
 def _read(root: Store, name: str) -> dict[str, Any] | None:

@@ -1,13 +1,35 @@
-"""One progress line a job: a bar on a terminal, on anything else a line every few seconds that a driver can read."""
+"""Progress of a job: a bar on a terminal, elsewhere a line every few seconds, which `parse_line` reads back."""
 
+import re
 import sys
 import time
+from dataclasses import dataclass
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 LINE_SECONDS = 3.0
+_LINE = re.compile(r"\[([\w-]+)\] (\d+)/(\d+)(?: (.*))?")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One printed line: `[name] done/total facts`."""
+
+    name: str
+    done: int
+    total: int
+    facts: str
+
+    def __str__(self) -> str:
+        return f"[{self.name}] {self.done}/{self.total} {self.facts}".rstrip()
+
+
+def parse_line(text: str) -> Line | None:
+    """What a `Progress` printed; None if it is another line."""
+    match = _LINE.fullmatch(text)
+    return Line(match[1], int(match[2]), int(match[3]), match[4] or "") if match else None
 
 
 class Progress:
@@ -45,7 +67,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, done: int, **facts: float | str) -> None:
-        """Tell that `done` of `total` are done, and what is worth seeing beside it."""
+        """Report that `done` of `total` are done, and facts to show beside it."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = done, now
@@ -56,7 +78,7 @@ class Progress:
             self._printed = now
             rate = (done - self._first) / max(now - self._started, 1e-9)
             left = f" eta={(self.total - done) / rate:.0f}s" if rate > 0 and done < self.total else ""
-            print(f"[{self.name}] {done}/{self.total} {shown}{left}".rstrip(), flush=True)
+            print(Line(self.name, done, self.total, f"{shown}{left}"), flush=True)
 
 
 def _short(value: float | str) -> str:

@@ -1,9 +1,17 @@
-"""A remote file whose reads fail as its store's do, so that nobody takes a lost connection for a damaged file."""
+"""What a store raises, and a remote file whose reads raise it too: a lost connection is no damaged file."""
 
 import io
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
+
+
+class StoreError(ValueError):
+    """A folder or object that cannot be used: one line that says which, why, and what to change."""
+
+
+class MissingError(StoreError):
+    """There is no such object, now."""
 
 
 class GuardedFile(io.RawIOBase):

@@ -15,7 +15,8 @@ import uuid
 from types import TracebackType
 from typing import Any
 
-from aptp_platform.storage.store import MissingError, Store, StoreError
+from aptp_platform.storage.errors import MissingError, StoreError
+from aptp_platform.storage.store import Store
 
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 20.0

@@ -28,9 +28,9 @@ import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 from pydantic import Field
 
-from aptp_platform.storage.errors import GuardedFile
+from aptp_platform.storage.errors import GuardedFile, MissingError, StoreError
 
-MARKERS = ("stage.json", "release.json")
+MARKERS = ("release.json",)
 _SCHEMES = ("s3", "gs")
 _CONNECT_SECONDS = 5
 _BUFFER = 1 << 20
@@ -48,14 +48,6 @@ class StorageConfig:
     attempts: Annotated[int, Field(ge=1)] = (
         10  # per request, with pauses that grow to 20 s: enough for a minute of outage
     )
-
-
-class StoreError(ValueError):
-    """A folder or object that cannot be used: one line that says which, why, and what to change."""
-
-
-class MissingError(StoreError):
-    """There is no such object, now."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +100,12 @@ class Store:
 
     def make(self) -> None:
         """Make the bucket, or the local folder, if it is missing."""
-        with self._one_line(""):
+        with self._translate_errors(""):
             self._fs.makedirs(self._path(""), exist_ok=True)
 
     def exists(self, name: str = "") -> bool:
         """Whether the file or folder is there; a bucket that is missing holds nothing."""
-        with self._one_line(name):
+        with self._translate_errors(name):
             try:
                 self._fs.info(self._path(name))
             except FileNotFoundError:
@@ -154,31 +146,26 @@ class Store:
             digest.update(json.dumps([name, info["size"], str(version)]).encode())
         return digest.hexdigest()
 
-    def size(self, name: str) -> int:
-        """Bytes of one file."""
-        with self._one_line(name):
-            return int(self._fs.info(self._path(name))["size"])
-
     @contextmanager
     def open_file(self, name: str, mode: Literal["rb", "wb"] = "rb") -> Iterator[IO[bytes]]:
         """A file as a stream. One that is written appears when the block ends well, and not at all otherwise."""
         if mode == "rb":
-            with self._one_line(name):
+            with self._translate_errors(name):
                 stream = self._fs.open(self._path(name), "rb")
             if not self.is_local:
-                stream = io.BufferedReader(GuardedFile(stream, lambda: self._one_line(name)), _BUFFER)
+                stream = io.BufferedReader(GuardedFile(stream, lambda: self._translate_errors(name)), _BUFFER)
             with stream:
                 yield stream
             return
         target = Path(self._path(name))
         folder = target.parent if self.is_local else Path(tempfile.gettempdir())
-        with self._one_line(name):
+        with self._translate_errors(name):
             folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{target.name}.{uuid.uuid4().hex}"
         try:
             with scratch.open("wb") as stream:
                 yield stream
-            with self._one_line(name):
+            with self._translate_errors(name):
                 if self.is_local:
                     scratch.replace(target)
                 else:
@@ -187,7 +174,7 @@ class Store:
             scratch.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
-        with self._one_line(name):
+        with self._translate_errors(name):
             data = self._fs.cat_file(self._path(name))  # one request: an open file notices that another wrote it anew
         try:
             return json.loads(data)
@@ -208,7 +195,7 @@ class Store:
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         path = self._path(name)
         try:
-            with self._one_line(name):
+            with self._translate_errors(name):
                 files = self._fs.find(path)
                 if not files:
                     raise FileNotFoundError(path)
@@ -238,7 +225,7 @@ class Store:
                 return
             scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
             try:
-                with self._one_line(name):
+                with self._translate_errors(name):
                     shutil.copytree(source, scratch)
                     _put_in_place(scratch, target)
             finally:
@@ -246,19 +233,19 @@ class Store:
             return
         self.remove(name)
         files = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
-        with self._one_line(name):
+        with self._translate_errors(name):
             for group in ([file for file in files if file not in last], [file for file in files if file in last]):
                 self._fs.put([str(source / file) for file in group], [self._path(f"{name}/{file}") for file in group])
 
     def move(self, name: str, target: str) -> None:
         """Rename a folder in this store, in the place of what was there; in a bucket, object by object."""
         if self.is_local:
-            with self._one_line(name):
+            with self._translate_errors(name):
                 _put_in_place(Path(self._path(name)), Path(self._path(target)))
             return
         self.remove(target)
         files = self.join(name).list()
-        with self._one_line(name):
+        with self._translate_errors(name):
             sources = [self._path(f"{name}/{file}") for file in files]
             self._fs.copy(sources, [self._path(f"{target}/{file}") for file in files])
             self._fs.rm(sources)
@@ -267,7 +254,7 @@ class Store:
         """Remove a file or a folder with all it holds; nothing happens when it is not there. Markers go first."""
         if not name.strip("/."):
             raise StoreError(f"{self.uri}: will not remove the folder itself; name a part of it")
-        with self._one_line(name):
+        with self._translate_errors(name):
             path = self._path(name)
             for marker in MARKERS:
                 if self._fs.exists(f"{path}/{marker}"):
@@ -292,7 +279,7 @@ class Store:
                 return fsspec.filesystem("gs", token="anon" if config.anonymous else None, use_listings_cache=False)
             except ImportError:
                 raise StoreError(f"{self.uri}: gs:// needs the package gcsfs: pip install 'aptp[gcs]'") from None
-        with self._one_line(""):
+        with self._translate_errors(""):
             return fsspec.filesystem(
                 "s3",
                 anon=config.anonymous,
@@ -320,7 +307,7 @@ class Store:
     def _infos(self, pattern: str) -> dict[str, dict[str, Any]]:
         path = self._path("")
         depth = None if "**" in pattern else pattern.count("/") + 1
-        with self._one_line(""):
+        with self._translate_errors(""):
             try:
                 found = self._fs.find(path, maxdepth=depth, detail=True)
             except FileNotFoundError:
@@ -329,7 +316,7 @@ class Store:
         return {name: info for name, info in names.items() if name and _matches(name, pattern)}
 
     @contextmanager
-    def _one_line(self, name: str) -> Iterator[None]:
+    def _translate_errors(self, name: str) -> Iterator[None]:
         """Turn what fsspec and botocore raise into one line."""
         shown = self._show(name)
         try:

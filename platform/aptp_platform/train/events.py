@@ -24,7 +24,7 @@ CELL = 12  # pixels
 USED = (8, 48, 107)  # the colour of a code that all prompts use; white is none
 
 
-def is_told(done: int, start: int, steps: int) -> bool:
+def should_log(done: int, start: int, steps: int) -> bool:
     """Whether a run that began behind step `start` tells what step `done` gave."""
     return done % LOG_EVERY == 0 or done in (start + 1, steps)
 

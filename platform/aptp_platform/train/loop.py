@@ -27,7 +27,7 @@ from aptp_platform.config import TrainingConfig
 from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
-from aptp_platform.train.events import Events, is_told
+from aptp_platform.train.events import Events, should_log
 
 NOTICE_EVERY = 10  # steps; all ranks ask together whether a node of theirs is about to go
 
@@ -55,7 +55,7 @@ class Work:
     pictures: Callable[[], Mapping[str, np.ndarray]] = dict
 
 
-class Stage(Protocol):
+class TrainingSpec(Protocol):
     """A training stage as the workers get it: a picklable value that knows how to build the rest."""
 
     @property
@@ -86,13 +86,13 @@ def train(settings: dict[Any, Any]) -> Summary | None:
     """What every worker of a group runs. Rank 0 returns the summary.
 
     Args:
-        settings: `stage`, the pickled `Stage`: the group's controller, which unpickles settings too, can do without it.
+        settings: `spec`, a pickled `TrainingSpec`: the group's controller unpickles settings too, and needs none of it.
     """
-    stage: Stage = pickle.loads(settings["stage"])
-    training, rank = stage.training, ray.train.get_context().get_world_rank()
+    spec: TrainingSpec = pickle.loads(settings["spec"])
+    training, rank = spec.training, ray.train.get_context().get_world_rank()
     ranks, device = ray.train.get_context().get_world_size(), ray.train.torch.get_device()
-    work = stage.build(device)
-    engine, start = _begin(work.module, stage)
+    work = spec.build(device)
+    engine, start = _begin(work.module, spec)
     accumulation = training.engine.gradient_accumulation
     batches = work.batches(start * accumulation, rank, ranks)
     images = training.batch_size * accumulation
@@ -100,18 +100,18 @@ def train(settings: dict[Any, Any]) -> Summary | None:
     with ExitStack() as stack:
         events = None
         if rank == 0:
-            names = (stage.name, stage.log, stage.resolved)
+            names = (spec.name, spec.log, spec.resolved)
             events = stack.enter_context(Events(*names, start, training.steps, images, work.facts))
         for step in range(start, training.steps):
             set_learning_rate(engine, training, step)
             for _ in range(accumulation):
                 batch = next(batches).to(device)
-                terms = engine(batch, noise=Noise(stage.seed, step, batch.rows), gather=gather_rows)
+                terms = engine(batch, noise=Noise(spec.seed, step, batch.rows), gather=gather_rows)
                 engine.backward(terms.total)
                 engine.step()
             done = step + 1
             losses += terms.total.detach()
-            if is_told(done, start, training.steps):
+            if should_log(done, start, training.steps):
                 told = _averaged(terms)
                 if events is not None:
                     events.step(done, told)
@@ -119,7 +119,7 @@ def train(settings: dict[Any, Any]) -> Summary | None:
             urgent = done % NOTICE_EVERY == 0 and not noticed and ray.train.get_preemption_info() is not None
             noticed = noticed or urgent
             if regular or urgent:
-                _hand_over(engine, stage, done, float(_mean(losses)) / (done - saved))
+                _report_checkpoint(engine, spec, done, float(_mean(losses)) / (done - saved))
                 saved, losses = done, torch.zeros_like(losses)
             if regular:
                 pictures = work.pictures()
@@ -173,22 +173,22 @@ def _mean(value: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def _begin(module: nn.Module, stage: Stage) -> tuple[Any, int]:
+def _begin(module: nn.Module, spec: TrainingSpec) -> tuple[Any, int]:
     """The engine, and how many steps are behind it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return build_engine(module, stage.training), 0
-    with checkpoint.as_directory() as folder, Restored(Path(folder), stage.depends_on()) as restored:
+        return build_engine(module, spec.training), 0
+    with checkpoint.as_directory() as folder, Restored(Path(folder), spec.depends_on()) as restored:
         restored.fill(module)
-        engine = build_engine(module, stage.training)
+        engine = build_engine(module, spec.training)
         restored.fill_moments(engine)
         if dist.get_rank() == 0:
-            _tell(stage, restored, dist.get_world_size())
+            _log_resume(spec, restored, dist.get_world_size())
         return engine, restored.step
 
 
-def _tell(stage: Stage, restored: Restored, ranks: int) -> None:
-    line = f"[{stage.name}] goes on from step {restored.step}"
+def _log_resume(spec: TrainingSpec, restored: Restored, ranks: int) -> None:
+    line = f"[{spec.name}] goes on from step {restored.step}"
     if ranks != restored.ranks:
         line += (
             f" with {ranks} workers instead of {restored.ranks}: rows and noise are the same, but sums are formed in "
@@ -197,10 +197,10 @@ def _tell(stage: Stage, restored: Restored, ranks: int) -> None:
     print(line, flush=True)
 
 
-def _hand_over(engine: Any, stage: Stage, step: int, loss: float) -> None:
+def _report_checkpoint(engine: Any, spec: TrainingSpec, step: int, loss: float) -> None:
     """Give this rank's part of a checkpoint to Ray, which uploads it in the background and registers it when whole."""
     folder = Path(tempfile.mkdtemp(prefix="aptp-checkpoint-"))
-    save_checkpoint(engine, folder, step, stage.depends_on())
+    save_checkpoint(engine, folder, step, spec.depends_on())
     ray.train.report(
         {"step": step, SCORE: loss},
         checkpoint=Checkpoint.from_directory(folder),

@@ -1,27 +1,26 @@
-"""Pictures of a run's fixed prompts, each from its own seed: what TensorBoard shows changing while a stage trains."""
+"""Images of a run's fixed prompts, each from its own seed, which TensorBoard shows while a training runs."""
 
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from jaxtyping import UInt8
 
 from aptp_platform.config import SamplesConfig
-from aptp_platform.models import Parts
+from aptp_platform.models import PipelineParts
 
 
 @torch.no_grad()
-def draw(unet: Any, parts: Parts, config: SamplesConfig, size: int) -> UInt8[np.ndarray, "prompt height width 3"]:
-    """One picture a prompt by the stock sampler; prompt i has seed i whatever the network and the step.
+def draw(
+    unet: Any, parts: PipelineParts, config: SamplesConfig, size: int
+) -> UInt8[np.ndarray, "prompt height width 3"]:
+    """One image per prompt by the stock sampler; prompt i has seed i whatever the network and the step.
 
     Args:
-        size: the pictures' height and width, that of the training images.
+        size: the images' height and width, that of the training images.
     """
-    pipeline = StableDiffusionPipeline(
-        unet=unet, vae=parts.vae.to(unet.device), text_encoder=parts.text_encoder, tokenizer=parts.tokenizer,
-        scheduler=parts.scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    parts.vae.to(unet.device)
+    pipeline = parts.pipeline(unet)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         list(config.prompts),

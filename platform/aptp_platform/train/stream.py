@@ -27,7 +27,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
 from aptp_platform.config import ConfigError
-from aptp_platform.data.encoded import choose_caption, latent_shape, read_part, row_identity
+from aptp_platform.data.encoded import choose_caption, read_table, row_identity
 from aptp_platform.storage.store import Store
 from aptp_platform.train.source import LatentEncoder, Source
 
@@ -41,7 +41,7 @@ Rows = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedFile:
     """One Parquet file and how many of its rows the stream uses."""
 
     name: str
@@ -53,7 +53,7 @@ class Stream:
     """Rows of `encoded`, or those of them with a caption that `assigned` gives to `code`, with such a caption."""
 
     encoded: Store
-    parts: tuple[Part, ...]
+    files: tuple[EncodedFile, ...]
     seed: int
     assigned: Store | None = None
     code: int | None = None
@@ -62,7 +62,7 @@ class Stream:
     source: Source | None = None  # of the images, where `encoded` holds no latents
 
     def __post_init__(self) -> None:
-        if not sum(part.rows for part in self.parts):
+        if not sum(file.rows for file in self.files):
             of = "" if self.code is None else f" of code {self.code}"
             raise ConfigError(f"{self.encoded.uri}: holds no row{of} to train on; run the stages before this one again")
 
@@ -104,11 +104,11 @@ class Stream:
 
     def embeddings(self, limit: int) -> Float[Tensor, "row dim"]:
         """Sentence embeddings of at most `limit` rows, evenly taken from a few files; one caption of each."""
-        parts = self.parts[:: max(1, len(self.parts) // SAMPLED_FILES)]
-        stride = max(1, sum(part.rows for part in parts) // limit)
+        files = self.files[:: max(1, len(self.files) // SAMPLED_FILES)]
+        stride = max(1, sum(file.rows for file in files) // limit)
         found, seen = [], 0
-        for part in parts:
-            rows = _usable(self, part.name, ["key", "captions", "embeddings"])
+        for file in files:
+            rows = _usable(self, file.name, ["key", "captions", "embeddings"])
             for row, allowed in rows[-seen % stride :: stride]:
                 chosen = allowed[choose_caption(row["key"], len(allowed), 0, self.seed)]
                 found.append(torch.from_numpy(np.array(row["embeddings"][chosen])).float())
@@ -117,23 +117,23 @@ class Stream:
 
     def num_captions(self) -> int:
         """All captions of all rows."""
-        return sum(len(allowed) for part in self.parts for _, allowed in _usable(self, part.name, ["key", "captions"]))
+        return sum(len(allowed) for file in self.files for _, allowed in _usable(self, file.name, ["key", "captions"]))
 
     def read(self, start: int, stop: int, columns: list[str]) -> list["_Drawn"]:
         """What stands in the stream from one place to another, each row with the caption of its epoch."""
         return [
             _Drawn(row, allowed[choose_caption(row["key"], len(allowed), epoch, self.seed)], epoch)
             for epoch, file, rows in self._pieces(start, stop)
-            for row, allowed in _usable(self, self.parts[file].name, columns, rows)
+            for row, allowed in _usable(self, self.files[file].name, columns, rows)
         ]
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
         """Epoch, file and rows of what stands in the stream from one place to another."""
-        length = sum(part.rows for part in self.parts)
+        length = sum(file.rows for file in self.files)
         for epoch in range(start // length, ceil(stop / length)):
             place = epoch * length
-            for file in np.random.default_rng((self.seed, epoch)).permutation(len(self.parts)).tolist():
-                rows = self.parts[file].rows
+            for file in np.random.default_rng((self.seed, epoch)).permutation(len(self.files)).tolist():
+                rows = self.files[file].rows
                 piece = slice(max(start - place, 0), min(stop - place, rows))
                 if piece.start < piece.stop:
                     yield epoch, file, piece
@@ -158,7 +158,7 @@ class _Reader:
         self.stream, self.batch_size = stream, batch_size
         self.share = batch_size // ranks
         self.first = rank * self.share  # of the pieces that are this rank's
-        rows = min(stream.window_rows, sum(part.rows for part in stream.parts))
+        rows = min(stream.window_rows, sum(file.rows for file in stream.files))
         self.batches = max(1, rows // batch_size)
 
     def __call__(self, tasks: Rows) -> Iterator[Rows]:
@@ -189,13 +189,13 @@ def _columns(stream: Stream, drawn: list[_Drawn]) -> Rows:
 
 
 def _usable(
-    stream: Stream, part: str, columns: list[str], which: slice = slice(None)
+    stream: Stream, file: str, columns: list[str], which: slice = slice(None)
 ) -> list[tuple[dict[str, Any], list[int]]]:
     """Rows of a file that the stream uses, or those of them in a slice, each with the captions that it may use."""
-    rows = read_part(stream.encoded, part, columns)
+    rows = read_table(stream.encoded, file, columns)
     usable = [(row, list(range(len(row["captions"])))) for row in rows]
     if stream.assigned is not None:
-        codes = {row["key"]: row["codes"] for row in read_part(stream.assigned, part, ["key", "codes"])}
+        codes = {row["key"]: row["codes"] for row in read_table(stream.assigned, file, ["key", "codes"])}
         allowed = [(row, [i for i, code in enumerate(codes[row["key"]]) if code == stream.code]) for row in rows]
         usable = [(row, captions) for row, captions in allowed if captions]
     usable = usable[which]
@@ -206,32 +206,26 @@ def _usable(
     return usable
 
 
-def parts_of(encoded: Store) -> tuple[Part, ...]:
+def files_of(encoded: Store) -> tuple[EncodedFile, ...]:
     """Every file of an encoded data set with its number of rows."""
 
-    def measure(name: str) -> Part:
+    def measure(name: str) -> EncodedFile:
         with encoded.open_file(name) as stream:
-            return Part(name, pq.read_metadata(stream).num_rows)
+            return EncodedFile(name, pq.read_metadata(stream).num_rows)
 
     names = encoded.require("*.parquet", "root, or run the encode job first")
     with ThreadPoolExecutor(16) as threads:
         return tuple(threads.map(measure, names))
 
 
-def latent_size(encoded: Store) -> tuple[int, int]:
-    """Height and width of the latents of an encoded data set."""
-    _, height, width = latent_shape(encoded, encoded.require("*.parquet", "root, or run the encode job first")[0])
-    return height, width
-
-
-def parts_by_code(assigned: Store, num_codes: int) -> list[tuple[Part, ...]]:
+def files_by_code(assigned: Store, num_codes: int) -> list[tuple[EncodedFile, ...]]:
     """For each code, every file with the number of its rows that have a caption of that code."""
 
     def measure(name: str) -> list[int]:
-        rows = [set(row["codes"]) for row in read_part(assigned, name, ["codes"])]
+        rows = [set(row["codes"]) for row in read_table(assigned, name, ["codes"])]
         return [sum(code in each for each in rows) for code in range(num_codes)]
 
     names = assigned.require("*.parquet", "root, or run the assign job first")
     with ThreadPoolExecutor(16) as threads:
         counts = list(threads.map(measure, names))
-    return [tuple(map(Part, names, of_code)) for of_code in zip(*counts, strict=True)]
+    return [tuple(map(EncodedFile, names, of_code)) for of_code in zip(*counts, strict=True)]

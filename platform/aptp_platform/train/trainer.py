@@ -1,4 +1,4 @@
-"""Training stages as Ray Train jobs: what is checked before, the worker groups, and the two entry points.
+"""Training specs as Ray Train jobs: what is checked before, the worker groups, and the two entry points.
 
 A worker group is one `TorchTrainer`. Running it again under the same folder and name goes on from its last checkpoint,
 whatever ended it; one that had finished is not run again.
@@ -22,17 +22,27 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from aptp.cost import cost_table
 from aptp_platform.config import ConfigError, EncodeConfig, RunConfig, TrainingConfig
 from aptp_platform.data.captions import source_files
+from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import check_pipeline, pruning_space
-from aptp_platform.run.layout import assigned_router
+from aptp_platform.run.layout import (
+    ASSIGNED,
+    CHECKPOINTS,
+    FINETUNED,
+    PRUNED,
+    ROUTER,
+    TRAIN_ROWS,
+    assigned_router,
+    network_of,
+)
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import differences
 from aptp_platform.train.engine import check_engine
-from aptp_platform.train.loop import SCORE, Stage, Summary, train
+from aptp_platform.train.loop import SCORE, Summary, TrainingSpec, train
 from aptp_platform.train.source import Source
-from aptp_platform.train.stages import FinetuneStage, PruneStage
-from aptp_platform.train.stream import READER_CPUS, READERS, Stream, latent_size, parts_by_code, parts_of
+from aptp_platform.train.specs import FinetuneSpec, PruneSpec
+from aptp_platform.train.stream import READER_CPUS, READERS, Stream, files_by_code, files_of
 
 
 def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
@@ -42,32 +52,32 @@ def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
         encoded: the folder of encoded training rows, unless it is this run's own.
     """
     root = Store.open(config.root, config.storage)
-    encoded = encoded or root.join("encoded", "train")
+    encoded = encoded or root.join(TRAIN_ROWS)
     check_group(config.prune.run, "prune.run", config.encode)
     stream = _stream(config, encoded, config.prune.run)
     check_shape(config, stream)
-    return fit(PruneStage(config, stream), root.join("pruned", "checkpoints"), "router")
+    return fit(PruneSpec(config, stream), root.join(PRUNED, CHECKPOINTS), ROUTER)
 
 
 def finetune(config: RunConfig) -> Summary:
     """Fine-tune every cut network, side by side as the cluster allows; publishes `finetuned/<network>/`."""
     root = Store.open(config.root, config.storage)
-    encoded, assigned = root.join("encoded", "train"), root.join("assigned")
+    encoded, assigned = root.join(TRAIN_ROWS), root.join(ASSIGNED)
     check_group(config.finetune.run, "finetune.run", config.encode)
     everything = _stream(config, encoded, config.finetune.run)
     streams = {
-        f"{code:02d}": replace(everything, parts=parts, assigned=assigned, code=code)
-        for code, parts in enumerate(parts_by_code(assigned, assigned_router(root).num_codes))
+        network_of(code): replace(everything, files=files, assigned=assigned, code=code)
+        for code, files in enumerate(files_by_code(assigned, assigned_router(root).num_codes))
     }
     streams |= dict.fromkeys(config.cut.baselines, everything)
-    stages = {network: FinetuneStage(config, stream, network) for network, stream in streams.items()}
+    specs = {network: FinetuneSpec(config, stream, network) for network, stream in streams.items()}
     at_once = _groups_at_once(config.finetune.run, config.encode)
-    summaries = fit_all(stages, root.join("finetuned", "checkpoints"), at_once)
+    summaries = fit_all(specs, root.join(FINETUNED, CHECKPOINTS), at_once)
     return {"networks": len(summaries), "summaries": summaries}
 
 
-def fit(stage: Stage, runs: Store, name: str) -> Summary:
-    """Run one stage's worker group to its end, or go on with it; returns the summary of its rank 0.
+def fit(spec: TrainingSpec, runs: Store, name: str) -> Summary:
+    """Run one spec's worker group to its end, or go on with it; returns the summary of its rank 0.
 
     Args:
         runs: the folder of this run's folder, which Ray Train fills with checkpoints.
@@ -77,7 +87,7 @@ def fit(stage: Stage, runs: Store, name: str) -> Summary:
         TrainingFailedError: it failed more often than `max_failures`.
     """
     run, record = runs.join(name), "run.json"
-    depends_on = dict(stage.depends_on())
+    depends_on = dict(spec.depends_on())
     if run.exists(record):
         before = run.read_json(record)
         if found := differences(before["config"], depends_on):
@@ -85,31 +95,31 @@ def fit(stage: Stage, runs: Store, name: str) -> Summary:
                 f"{run.uri}: its checkpoints belong to another config ({'; '.join(found[:3])}): give the run a root of "
                 "its own, or remove that folder"
             )
-        if before.get("steps") == stage.training.steps:
+        if before.get("steps") == spec.training.steps:
             return before["summary"]
     run.write_json(record, {"config": depends_on})
-    summary = _run_group(stage, runs, name)
-    run.write_json(record, {"config": depends_on, "steps": stage.training.steps, "summary": summary})
+    summary = _run_group(spec, runs, name)
+    run.write_json(record, {"config": depends_on, "steps": spec.training.steps, "summary": summary})
     return summary
 
 
-def fit_all(stages: Mapping[str, Stage], runs: Store, at_once: int) -> list[Summary]:
+def fit_all(specs: Mapping[str, TrainingSpec], runs: Store, at_once: int) -> list[Summary]:
     """Run a worker group for each name, `at_once` side by side; one that failed is run again alone."""
     summaries: dict[str, Summary] = {}
-    with ThreadPoolExecutor(at_once) as threads, Progress("finetune", len(stages)) as progress:
+    with ThreadPoolExecutor(at_once) as threads, Progress("finetune", len(specs)) as progress:
         progress.update(0)
-        running = {name: threads.submit(fit, stage, runs, name) for name, stage in stages.items()}
+        running = {name: threads.submit(fit, spec, runs, name) for name, spec in specs.items()}
         for name, summary in running.items():
             try:
                 summaries[name] = summary.result()
             except TrainingFailedError:
                 continue  # its turn comes again when the others are done
             progress.update(len(summaries))
-    for name, stage in stages.items():
+    for name, spec in specs.items():
         if name not in summaries:
-            print(f"[{stage.name}] failed beside the others: once more alone", flush=True)
-            summaries[name] = fit(stage, runs, name)
-    return [summaries[name] for name in stages]
+            print(f"[{spec.name}] failed beside the others: once more alone", flush=True)
+            summaries[name] = fit(spec, runs, name)
+    return [summaries[name] for name in specs]
 
 
 def check_group(training: TrainingConfig, where: str, encode: EncodeConfig) -> None:
@@ -126,7 +136,7 @@ def check_group(training: TrainingConfig, where: str, encode: EncodeConfig) -> N
 def check_shape(config: RunConfig, stream: Stream) -> None:
     """ConfigError if there are fewer prompts than codes, or the budget is below what this UNet can be pruned to."""
     num_codes, budget = config.router.num_codes, config.router.budget
-    if num_codes > sum(part.rows for part in stream.parts) and num_codes > (prompts := stream.num_captions()):
+    if num_codes > sum(file.rows for file in stream.files) and num_codes > (prompts := stream.num_captions()):
         raise ConfigError(
             f"router.num_codes: {num_codes}: there are only {prompts} prompts: set it to at most {prompts}"
         )
@@ -151,7 +161,7 @@ def _stream(config: RunConfig, encoded: Store, training: TrainingConfig) -> Stre
         source = Source(config.data, config.storage, config.model, config.encode, names)
     return Stream(
         encoded,
-        parts_of(encoded),
+        files_of(encoded),
         config.seed,
         window_rows=training.window_rows,
         prefetch_bytes=training.prefetch_bytes,
@@ -159,13 +169,13 @@ def _stream(config: RunConfig, encoded: Store, training: TrainingConfig) -> Stre
     )
 
 
-def _run_group(stage: Stage, runs: Store, name: str) -> Summary:
-    training = stage.training
+def _run_group(spec: TrainingSpec, runs: Store, name: str) -> Summary:
+    training = spec.training
     resources = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
     filesystem, path = runs.arrow()
     trainer: Any = TorchTrainer(
         train,  # type: ignore[arg-type]
-        train_loop_config={"stage": cloudpickle.dumps(stage)},
+        train_loop_config={"spec": cloudpickle.dumps(spec)},
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=training.gpus_per_worker > 0,

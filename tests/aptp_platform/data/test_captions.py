@@ -8,7 +8,7 @@ import pytest
 
 from aptp_platform.config import DataConfig, StorageConfig
 from aptp_platform.data.captions import SCHEMA, SourceFile, read_captioned, source_files
-from aptp_platform.data.encode import plain_errors
+from aptp_platform.data.encode import translated_errors
 from aptp_platform.storage.store import Store
 from tests.support.captioned import captions_of, image_bytes, samples, tar_of, write_shards
 
@@ -84,7 +84,7 @@ WRITERS = (write_tar, write_gz, write_parquet, write_image_folder, write_coco, w
 def rows_of(source, pattern, storage=LOCAL):
     names = Store.open(source, storage).list(pattern)
     files = [SourceFile("train", name, place) for place, name in enumerate(names)]
-    with plain_errors():
+    with translated_errors():
         rows = read_captioned(DataConfig(source=str(source)), storage, files).take_all()
     return sorted(rows, key=lambda row: row["position"])
 

@@ -20,12 +20,12 @@ from aptp.prompts import PromptEncoder
 from aptp_platform.config import ConfigError, DataConfig, EncodeConfig, ModelConfig, RunConfig
 from aptp_platform.data.captions import source_files
 from aptp_platform.data.encode import encode
-from aptp_platform.data.encoded import read_encoded, write_part
+from aptp_platform.data.encoded import latent_size, read_encoded, write_table
 from aptp_platform.data.sample import decode_image
 from aptp_platform.models import load_vae
 from aptp_platform.storage.store import StorageConfig, Store
 from aptp_platform.train.source import Source
-from aptp_platform.train.stream import Stream, latent_size, parts_of
+from aptp_platform.train.stream import Stream, files_of
 from tests.support.captioned import (
     IMAGE_SIZE,
     captions_of,
@@ -102,7 +102,7 @@ def test_without_a_cache_the_stream_encodes_the_same_rows_in_the_same_order(conf
     names = tuple(file.name for file in source_files(live.data, live.storage) if file.split == "train")
     source = Source(live.data, live.storage, live.model, live.encode, names)
     ((ours,), (theirs,)) = (
-        Stream(store, parts_of(store), 3, window_rows=64, source=used).batches(30, 1, 2, 0, 1)
+        Stream(store, files_of(store), 3, window_rows=64, source=used).batches(30, 1, 2, 0, 1)
         for store, used in ((bare, source), (cached, None))
     )
     assert ours["captions"].tolist() == theirs["captions"].tolist()
@@ -151,12 +151,12 @@ def test_a_bucket_interrupted_in_other_waves_batches_and_actors_gives_the_same_r
     with partial.open_file(first) as stream:
         table = pq.read_table(stream)
     marked = table.set_column(0, "position", pa.array([-1] * len(table)))
-    write_part(partial, first, marked)
+    write_table(partial, first, marked)
 
     assert encode(remote) == summary
     with bucket.join("run", "encoded").open_file(first) as stream:
         assert pq.read_table(stream)["position"].to_pylist() == [-1] * len(table), "a finished wave is not done again"
-    write_part(bucket.join("run", "encoded"), first, table)
+    write_table(bucket.join("run", "encoded"), first, table)
     assert not bucket.exists("run/encoded/.partial")
     for split in ("train", "heldout"):
         for ours, theirs in zip(rows_of(config, split), rows_of(remote, split), strict=True):

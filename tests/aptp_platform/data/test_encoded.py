@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aptp_platform.data.encoded import choose_caption, encoded_table, read_encoded, write_part
+from aptp_platform.data.encoded import choose_caption, encoded_table, read_encoded, write_table
 from aptp_platform.storage.store import Store
 
 
@@ -29,7 +29,7 @@ def test_rows_round_trip_through_files(tmp_path):
     store = Store.open(tmp_path)
     parts = [rows(0, 300), rows(300, 7)]  # more and fewer than a row group
     for index, part in enumerate(parts):
-        write_part(store, f"part-{index}.parquet", encoded_table(**part))
+        write_table(store, f"part-{index}.parquet", encoded_table(**part))
     read = {row["key"]: row for row in read_encoded(store)}
     assert len(read) == 307
     for part in parts:
@@ -44,7 +44,7 @@ def test_rows_round_trip_through_files(tmp_path):
 
 
 def test_nothing_in_a_file_is_a_pickle(tmp_path):
-    write_part(Store.open(tmp_path), "part.parquet", encoded_table(**rows(0, 3)))
+    write_table(Store.open(tmp_path), "part.parquet", encoded_table(**rows(0, 3)))
     for key, value in pq.read_metadata(tmp_path / "part.parquet").metadata.items():
         assert b"pickle" not in value, key
         assert b"\x80\x05" not in value, key

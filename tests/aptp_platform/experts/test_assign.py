@@ -11,7 +11,7 @@ import torch
 from aptp.router import Router, RouterConfig
 from aptp.sites import read_space
 from aptp_platform.config import AssignConfig, ConfigError, RunConfig
-from aptp_platform.data.encoded import encoded_table, read_encoded, write_part
+from aptp_platform.data.encoded import encoded_table, read_encoded, write_table
 from aptp_platform.experts.assign import assign
 from aptp_platform.run.layout import assigned_router
 from aptp_platform.storage.store import Store
@@ -37,7 +37,7 @@ def config(tmp_path, local_ray) -> RunConfig:
             [embeddings[row] for row in rows],
             ["{}"] * 3,
         )
-        write_part(root, f"encoded/train/part-{part:06d}-000000000.parquet", table)
+        write_table(root, f"encoded/train/part-{part:06d}-000000000.parquet", table)
     router = Router(read_space(tiny.unet()), RouterConfig(2, DIM), generator=torch.Generator().manual_seed(0))
     router.centre_embeddings(torch.ones(1, DIM))
     ends = torch.from_numpy(np.stack([embeddings[0][0], embeddings[-1][-1]])).float()

@@ -118,7 +118,7 @@ def test_models_are_listed(client: Any) -> None:
     assert caught.value.code == "model_not_found"
 
 
-def test_a_route_is_told_without_an_image(http: httpx.Client, library: AptpPipeline, release: Release) -> None:
+def test_a_route_should_log_without_an_image(http: httpx.Client, library: AptpPipeline, release: Release) -> None:
     answer = http.post("/v1/route", json={"prompt": PROMPTS[1]}).json()
     route = library.router.route([PROMPTS[1]])
     index = int(route.indices[0])

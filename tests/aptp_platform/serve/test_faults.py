@@ -144,7 +144,7 @@ def test_the_client_s_own_retries_bring_a_refused_order_through(url: str) -> Non
             assert sum(threads.map(draw, range(24))) == 24
 
 
-def test_a_deadline_that_the_queue_breaks_is_told_at_once(url: str, http: httpx.Client) -> None:
+def test_a_deadline_that_the_queue_breaks_should_log_at_once(url: str, http: httpx.Client) -> None:
     """Behind a full batch of long requests; without them it would be met."""
     long = {"prompt": "a cat", "model": "code-00", "num_inference_steps": 60}
     http.post("/v1/images/generations", json=long).raise_for_status()

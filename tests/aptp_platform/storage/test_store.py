@@ -9,7 +9,8 @@ import pytest
 import ray.data
 
 from aptp_platform.config import StorageConfig
-from aptp_platform.storage.store import Store, StoreError
+from aptp_platform.storage.errors import StoreError
+from aptp_platform.storage.store import Store
 from tests.support.s3_server import S3Server
 
 

@@ -12,7 +12,7 @@ from aptp_platform.config import ConfigError, EngineConfig, TrainingConfig
 from aptp_platform.train.checkpoint import Restored
 from aptp_platform.train.engine import check_engine, compute_in
 from tests.support.toy_ranks import CONFIG, run_ranks
-from tests.support.toy_stage import ToyModule
+from tests.support.toy_spec import ToyModule
 
 
 def test_two_ranks_are_one_and_a_checkpoint_is_exact(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def _check_files(folder: Path) -> None:
         ({"gradient_clipping": -1.0}, 0, "prune.run.engine.gradient_clipping: -1.0"),
     ],
 )
-def test_settings_that_exclude_each_other_are_one_line(engine: dict[str, Any], gpus: float, line: str) -> None:
+def test_settings_that_exclude_each_other_are_translate_errors(engine: dict[str, Any], gpus: float, line: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_engine(TrainingConfig(gpus_per_worker=gpus, engine=EngineConfig(**engine)), "prune.run")
     assert str(error.value).startswith(line)

@@ -11,12 +11,12 @@ import ray.cloudpickle
 
 from aptp_platform.storage.store import Store
 from aptp_platform.train.trainer import fit
-from tests.support import toy_stage, two_nodes
-from tests.support.toy_stage import losses_of, toy
+from tests.support import toy_spec, two_nodes
+from tests.support.toy_spec import losses_of, toy
 
 ROOT = Path(__file__).parents[3]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-ray.cloudpickle.register_pickle_by_value(toy_stage)
+ray.cloudpickle.register_pickle_by_value(toy_spec)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -48,7 +48,7 @@ run_function(lambda config: [held.append(ray.put(numpy.zeros(30_000_000, numpy.u
 """
 
 
-def test_a_full_spill_disk_is_one_line() -> None:
+def test_a_full_spill_disk_is_translate_errors() -> None:
     """Ray calls a disk full from a share on that is configured; here the one that there is lies above it."""
     environment = {**os.environ, "PYTHONPATH": PATHS, "RAY_local_fs_capacity_threshold": "0.0001"}
     run = subprocess.run(

@@ -12,13 +12,13 @@ import torch
 from aptp_platform.config import ConfigError
 from aptp_platform.storage.store import Store
 from aptp_platform.train.trainer import fit, fit_all
-from tests.support import toy_stage
-from tests.support.toy_stage import ToyStage, losses_of, toy
+from tests.support import toy_spec
+from tests.support.toy_spec import ToySpec, losses_of, toy
 
-ray.cloudpickle.register_pickle_by_value(toy_stage)
+ray.cloudpickle.register_pickle_by_value(toy_spec)
 
 
-def run(stage: ToyStage) -> dict[str, Any]:
+def run(stage: ToySpec) -> dict[str, Any]:
     return fit(stage, Store.open(stage.folder), "run")
 
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from aptp_platform.config import ConfigError
-from aptp_platform.data.encoded import encoded_table, write_part
+from aptp_platform.data.encoded import encoded_table, latent_size, write_table
 from aptp_platform.storage.store import Store
-from aptp_platform.train.stream import Stream, latent_size, parts_by_code, parts_of
+from aptp_platform.train.stream import Stream, files_by_code, files_of
 
 ROWS, PARTS, CAPTIONS = 7, 3, 2
 
@@ -30,7 +30,7 @@ def encoded(tmp_path: Path) -> Store:
             [np.array([[number, caption] for caption in range(CAPTIONS)], np.float16) for number in numbers],
             ["{}"] * ROWS,
         )
-        write_part(store, f"part-{part:05d}.parquet", table)
+        write_table(store, f"part-{part:05d}.parquet", table)
     return store
 
 
@@ -41,7 +41,7 @@ def assigned(tmp_path: Path) -> Store:
     for part in range(PARTS):
         numbers = [part * ROWS + row for row in range(ROWS)]
         codes = [[(number + caption) % 3 for caption in range(CAPTIONS)] for number in numbers]
-        write_part(store, f"part-{part:05d}.parquet", pa.table({"key": [f"key{n}" for n in numbers], "codes": codes}))
+        write_table(store, f"part-{part:05d}.parquet", pa.table({"key": [f"key{n}" for n in numbers], "codes": codes}))
     return store
 
 
@@ -56,7 +56,7 @@ def captions_of(stream: Stream, start: int, stop: int, rank: int = 0, ranks: int
 
 @pytest.mark.usefixtures("local_ray")
 def test_an_epoch_is_every_row_once_and_the_next_is_in_another_order_with_other_captions(encoded: Store) -> None:
-    stream = Stream(encoded, parts_of(encoded), seed=1)
+    stream = Stream(encoded, files_of(encoded), seed=1)
     batches = captions_of(stream, 0, 14)
     flat = [caption for batch in batches for caption in batch]
     first, second = ([caption.split("/") for caption in half] for half in (flat[:21], flat[21:]))
@@ -71,7 +71,7 @@ def test_an_epoch_is_every_row_once_and_the_next_is_in_another_order_with_other_
 
 @pytest.mark.usefixtures("local_ray")
 def test_any_number_of_ranks_has_the_same_batches_row_for_row(encoded: Store) -> None:
-    stream = Stream(encoded, parts_of(encoded), seed=1, window_rows=12)
+    stream = Stream(encoded, files_of(encoded), seed=1, window_rows=12)
     alone = captions_of(stream, 0, 14, size=6)
     rows = Counter(caption.split("/")[0] for caption in chain(*alone))
     assert set(rows.values()) == {4}, "four epochs in windows that end where no epoch does"
@@ -82,7 +82,7 @@ def test_any_number_of_ranks_has_the_same_batches_row_for_row(encoded: Store) ->
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_row_has_an_identity_of_its_own_in_each_epoch(encoded: Store) -> None:
-    batches = list(Stream(encoded, parts_of(encoded), seed=1).batches(3, 0, 14, 0, 1))
+    batches = list(Stream(encoded, files_of(encoded), seed=1).batches(3, 0, 14, 0, 1))
     rows = np.concatenate([batch["rows"] for batch in batches])
     assert rows.dtype == np.int64
     assert len(set(rows.tolist())) == 2 * ROWS * PARTS
@@ -92,18 +92,18 @@ def test_a_row_has_an_identity_of_its_own_in_each_epoch(encoded: Store) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_code_s_stream_has_its_captions_only(encoded: Store, assigned: Store) -> None:
-    for code, parts in enumerate(parts_by_code(assigned, 3)):
-        assert sum(part.rows for part in parts) == 14
-        stream = Stream(encoded, parts, seed=0, assigned=assigned, code=code)
+    for code, files in enumerate(files_by_code(assigned, 3)):
+        assert sum(file.rows for file in files) == 14
+        stream = Stream(encoded, files, seed=0, assigned=assigned, code=code)
         flat = list(chain(*captions_of(stream, 0, 7, size=2)))
         assert len({caption.split("/")[0] for caption in flat}) == 14
         assert {sum(map(int, caption.split("/"))) % 3 for caption in flat} == {code}
     with pytest.raises(ConfigError, match="no row of code 3"):
-        Stream(encoded, parts_by_code(assigned, 4)[3], seed=0, assigned=assigned, code=3)
+        Stream(encoded, files_by_code(assigned, 4)[3], seed=0, assigned=assigned, code=3)
 
 
 def test_what_a_stage_asks_before_it_starts(encoded: Store) -> None:
-    stream = Stream(encoded, parts_of(encoded), seed=0)
+    stream = Stream(encoded, files_of(encoded), seed=0)
     assert latent_size(encoded) == (2, 2)
     assert stream.num_captions() == ROWS * PARTS * CAPTIONS
     some = stream.embeddings(5)[:, 0].tolist()

@@ -13,7 +13,7 @@ from aptp_platform.config import ConfigError, RunConfig, StorageConfig
 from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
 from aptp_platform.storage.store import Store
-from aptp_platform.train.stream import Stream, parts_of
+from aptp_platform.train.stream import Stream, files_of
 from aptp_platform.train.trainer import check_group, check_shape, finetune, prune
 from tests.support.fault_proxy import FAULTS, FaultProxy
 from tests.support.s3_server import S3Server
@@ -101,4 +101,4 @@ def test_what_cannot_work_is_one_line_before_it_starts(
     assert not Path(config.root, "pruned").exists()
     fine = tiny_run(tmp_path / "fine", num_codes=2 * 2 * ROWS)
     check_group(fine.prune.run, "prune.run", fine.encode)
-    check_shape(fine, Stream(encoded, parts_of(encoded), 0))
+    check_shape(fine, Stream(encoded, files_of(encoded), 0))

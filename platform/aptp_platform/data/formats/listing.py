@@ -14,7 +14,8 @@ from itertools import islice
 from typing import Any
 
 from aptp_platform.data.sample import CaptionedImage, Fault, sample_of
-from aptp_platform.storage.store import Store, StoreError
+from aptp_platform.storage.errors import StoreError
+from aptp_platform.storage.store import Store
 
 FILE_NAMES = ("file_name", "filepath", "file", "image")
 CAPTION_NAMES = ("captions", "caption", "text", "title")

@@ -178,7 +178,7 @@ def test_a_full_queue_refuses_with_the_time_it_needs(denoiser: Denoiser) -> None
     assert run(denoiser, use, max_batch_size=1, max_waiting=1).retry_after_s > 0
 
 
-def test_a_request_whose_time_is_over_before_it_began_is_told_so_at_once(denoiser: Denoiser) -> None:
+def test_a_request_whose_time_is_over_before_it_began_should_log_so_at_once(denoiser: Denoiser) -> None:
     async def use(engine: StepEngine) -> None:
         long = asyncio.ensure_future(engine.generate(replace(CAT, num_inference_steps=60)))
         while engine.cycle_s == 0:

@@ -44,7 +44,7 @@ def test_a_request_that_is_run_again_is_the_same_image_byte_for_byte(source: Rel
     assert 1 <= first.batch_limit <= 4, "measured"
 
 
-def test_a_request_that_expired_in_the_queue_is_told_so_and_not_begun(source: ReleaseSource) -> None:
+def test_a_request_that_expired_in_the_queue_should_log_so_and_not_begun(source: ReleaseSource) -> None:
     async def use(expert: Expert, catalog: Catalog) -> None:
         long = asyncio.ensure_future(expert.generate(LONG, 1, catalog.release))
         await asyncio.sleep(0.05)

@@ -38,7 +38,7 @@ def test_a_single_code_has_no_margin() -> None:
     assert choose(REQUEST, PromptScores((0.9,)), alone).margin == 0.0
 
 
-def test_a_model_that_is_asked_for_is_taken_and_the_route_is_told() -> None:
+def test_a_model_that_is_asked_for_is_taken_and_the_route_should_log() -> None:
     choice = choose(replace(REQUEST, model=TEACHER), NEAR_0, IDLE)
     assert (choice.model, choice.routed, choice.reason, choice.ratio) == (TEACHER, "code-00", "asked", 1.0)
 

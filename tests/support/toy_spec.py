@@ -49,7 +49,7 @@ class ToyModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class ToyStage:
+class ToySpec:
     """Every rank writes its losses to `folder/losses-<rank>-<process>.jsonl`, and the last one causes `faults`.
 
     faults: (number of a batch, what happens before it, once): "worker" and "node" are killed, a node gets a "notice"
@@ -130,7 +130,7 @@ def losses_of(folder: Path, rank: int = 0) -> list[list[dict[str, float]]]:
     return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
 
 
-def toy(folder: Path, *, steps: int, every: int = 100, workers: int = 1, zero_stage: Any = 1, **more: Any) -> ToyStage:
+def toy(folder: Path, *, steps: int, every: int = 100, workers: int = 1, zero_stage: Any = 1, **more: Any) -> ToySpec:
     """A toy stage that works in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     training = TrainingConfig(
@@ -143,4 +143,4 @@ def toy(folder: Path, *, steps: int, every: int = 100, workers: int = 1, zero_st
         cpus_per_worker=0.5,
         engine=EngineConfig(zero_stage=zero_stage),
     )
-    return replace(ToyStage(folder, training), **more)
+    return replace(ToySpec(folder, training), **more)

@@ -21,19 +21,22 @@ from aptp.losses import LossTerms
 from aptp.prompts import PromptEncoder
 from aptp.pruning import PruningStage
 from aptp.router import Router, RouterConfig
-from aptp_platform.config import RouterSection, RunConfig, TrainingConfig, dump_config, to_tree
-from aptp_platform.models import Parts, fetch_model, load_pipeline_parts, pruning_space
+from aptp_platform.config import RouterSection, RunConfig, TrainingConfig
+from aptp_platform.config_file import dump_config, to_tree
+from aptp_platform.data.encoded import latent_size
+from aptp_platform.models import PipelineParts, fetch_model, load_pipeline_parts, pruning_space
+from aptp_platform.run.layout import CUT, FINETUNED, PRUNED, ROUTER, TENSORBOARD
 from aptp_platform.storage.store import Store
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
 from aptp_platform.train.samples import draw
-from aptp_platform.train.stream import Stream, latent_size
+from aptp_platform.train.stream import Stream
 
 CALIBRATION_PROMPTS = 2048  # the budget is met on so many prompts of the training set, evenly taken
 
 
 @dataclass(frozen=True)
-class PruneStage:
+class PruneSpec:
     """Router and codes learn on the frozen, gated UNet; publishes `pruned/router/`."""
 
     config: RunConfig
@@ -50,7 +53,7 @@ class PruneStage:
 
     @property
     def log(self) -> Store:
-        return Store.open(self.config.root, self.config.storage).join("pruned", "tensorboard")
+        return Store.open(self.config.root, self.config.storage).join(PRUNED, TENSORBOARD)
 
     @property
     def resolved(self) -> str:
@@ -89,7 +92,7 @@ class PruneStage:
             self._pictures(module, parts),
         )
 
-    def _pictures(self, module: PruningStage, parts: Parts) -> Callable[[], dict[str, np.ndarray]]:
+    def _pictures(self, module: PruningStage, parts: PipelineParts) -> Callable[[], dict[str, np.ndarray]]:
         """The full model above, below it the codes that the prompts are routed to now."""
         config = self.config
         if not config.samples.prompts:
@@ -132,9 +135,9 @@ class PruneStage:
         budget = self.config.router.budget
         found = calibrate_budget(router.eval(), embeddings, table, budget, balance=True, allow_unused=True)
         with tempfile.TemporaryDirectory() as scratch:
-            router.save(Path(scratch) / "router")
-            pruned = Store.open(self.config.root, self.config.storage).join("pruned")
-            pruned.publish(Path(scratch) / "router", "router", last=("router.json",))
+            router.save(Path(scratch) / ROUTER)
+            pruned = Store.open(self.config.root, self.config.storage).join(PRUNED)
+            pruned.publish(Path(scratch) / ROUTER, ROUTER, last=("router.json",))
         bits = torch.stack([code.bits for code in router.architecture_codes()]).float()
         return {
             "codes": router.num_codes,
@@ -147,7 +150,7 @@ class PruneStage:
 
 
 @dataclass(frozen=True)
-class FinetuneStage:
+class FinetuneSpec:
     """One cut network learns from the full one, on its own captions; publishes `finetuned/<network>/`."""
 
     config: RunConfig
@@ -168,7 +171,7 @@ class FinetuneStage:
 
     @property
     def log(self) -> Store:
-        return Store.open(self.config.root, self.config.storage).join("finetuned", "tensorboard", self.network)
+        return Store.open(self.config.root, self.config.storage).join(FINETUNED, TENSORBOARD, self.network)
 
     @property
     def resolved(self) -> str:
@@ -212,7 +215,7 @@ class FinetuneStage:
             self._pictures(module, parts),
         )
 
-    def _pictures(self, module: FinetuningStage, parts: Parts) -> Callable[[], dict[str, np.ndarray]]:
+    def _pictures(self, module: FinetuningStage, parts: PipelineParts) -> Callable[[], dict[str, np.ndarray]]:
         """The full model above, below it the network that learns from it."""
         samples, size = self.config.samples, self.config.data.image_size
         if not samples.prompts:
@@ -231,15 +234,21 @@ class FinetuneStage:
             expert.load_state_dict({name.removeprefix("expert."): value for name, value in values.items()})
             save_expert(Path(scratch) / "tuned", expert, info.code, base=info.base, cost=table)
             root = Store.open(self.config.root, self.config.storage)
-            root.join("finetuned").publish(Path(scratch) / "tuned", self.network, last=("code.json",))
+            root.join(FINETUNED).publish(Path(scratch) / "tuned", self.network, last=("code.json",))
         return {"network": self.network, "MACs ratio": round(info.cost.ratio, 4)}
 
     def _cut(self, scratch: str) -> Path:
-        return Store.open(self.config.root, self.config.storage).join("cut").fetch(self.network, scratch)
+        return Store.open(self.config.root, self.config.storage).join(CUT).fetch(self.network, scratch)
 
 
 def _batches(
-    stream: Stream, parts: Parts, training: TrainingConfig, device: torch.device, start: int, rank: int, ranks: int
+    stream: Stream,
+    parts: PipelineParts,
+    training: TrainingConfig,
+    device: torch.device,
+    start: int,
+    rank: int,
+    ranks: int,
 ) -> Iterator[Batch]:
     """Text states, too large to store, are computed here: of the very caption whose embedding the batch holds."""
     parts.text_encoder.to(device)
