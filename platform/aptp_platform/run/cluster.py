@@ -38,9 +38,9 @@ _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # They lead clients and nodes to another cluster, or bring another token; Ray prefers them to what it is called with.
 _ANOTHER_CLUSTER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_AUTH_TOKEN")
 _HOSTS = "127.0.0.1,localhost"  # never through a proxy
-# On a busy machine a raylet gives up where its agent takes more than 15 s to start, for which Ray has no setting; the
-# second time the agent's files are in memory.
-STARTS = 2
+# On a busy machine a raylet gives up when its agent takes more than 15 s to start, for which Ray has no setting; later
+# starts find the agent's files in memory.
+STARTS = 3
 START_SECONDS = 90.0
 STOP_SECONDS = 2 * keeper.GRACE_SECONDS + 2
 
