@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aptp_platform.config import ConfigError, RunConfig, dump_config, load_config, parse_config, to_tree
+from aptp_platform.train.checkpoint import differences
 
 MINIMAL = {"data": {"source": "s3://bucket/shards"}, "model": {"pipeline": "/models/sd"}}
 DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
@@ -63,6 +64,15 @@ def test_the_example_is_legal_and_overrides_change_one_value(tmp_path):
     expected["prune"]["learning_rate"] = 1e-3
     expected["prune"]["engine"]["offload"] = True
     assert to_tree(changed) == expected
+
+
+def test_the_demo_on_a_gpu_differs_in_its_place_its_devices_and_its_precision_alone():
+    found = differences(to_tree(load_config(DEMO)), to_tree(load_config(DEMO.with_name("demo_gpu.yaml"))))
+    assert {line.split(":")[0] for line in found} == {
+        "root", "encode.gpus_per_actor", "prune.workers", "prune.gpus_per_worker", "prune.engine.precision",
+        "finetune.gpus_per_worker", "finetune.cpus_per_worker", "finetune.engine.precision",
+        "evaluate.gpus_per_network", "evaluate.cpus_per_network",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
