@@ -63,11 +63,14 @@ bench-serve: setup .venv-bench/.ready ## the server against its peers, in ratios
 	echo "$(CURDIR)/$(BIN)/../lib/python3.11/site-packages" > .venv-bench/lib/python3.11/site-packages/zz-main.pth
 	touch $@
 
-demo: setup ## captioned images to served images; FRESH=1 forgets finished stages
-	$(BIN)/python -m examples.emoji.demo $(if $(FRESH),--fresh)
+DEMO := $(BIN)/python -m examples.emoji.demo \
+	$(if $(GPU),--config jobs/configs/demo_gpu.yaml --serve-config serve_configs/demo_gpu.yaml)
 
-serve: setup ## serve the demo's release until ^C
-	$(BIN)/python -m examples.emoji.demo --serve
+demo: setup ## captioned images to served images; FRESH=1 forgets finished stages, GPU=1 computes on a GPU
+	$(DEMO) $(if $(FRESH),--fresh)
+
+serve: setup ## serve the demo's release until ^C; GPU=1: that of make demo GPU=1
+	$(DEMO) --serve
 
 bench-train: setup ## what training costs beyond its arithmetic; writes benchmarks/results/train.json
 	$(BIN)/python -m benchmarks.train
@@ -84,4 +87,4 @@ lock: ## refresh requirements.lock from pyproject.toml in a new environment
 	rm -rf .venv-lock
 
 clean: ## forget the demo's runs
-	rm -rf runs/demo
+	rm -rf runs/demo runs/demo-gpu

@@ -106,7 +106,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     _print_table(console, shown)
     console.print(f"gallery (teacher above, routed expert below): {gallery}", highlight=False, soft_wrap=True)
     console.print(f"report: {root / 'release' / 'report' / 'metrics.json'}", highlight=False, soft_wrap=True)
-    console.print("serve it again: make serve", highlight=False)
+    again = f"python -m examples.emoji.demo --serve --config {args.config} --serve-config {args.serve_config}"
+    console.print(f"serve it again: {again}", highlight=False, soft_wrap=True)
     console.print(f"took {(time.monotonic() - started) / 60:.1f} minutes")
 
 

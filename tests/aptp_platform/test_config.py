@@ -15,6 +15,7 @@ from aptp.sites import Granule, any_order, read_space
 from aptp_platform.config import ConfigError, GranuleSection, RelaxationSection, RouterSection, RunConfig, SpaceSection
 from aptp_platform.config_file import dump_config, load_config, parse_config, to_tree
 from aptp_platform.models import pruning_space
+from aptp_platform.train.checkpoint import differences
 from aptp_platform.train.specs import router_config
 from tests.support import tiny
 
@@ -101,6 +102,15 @@ def test_the_example_is_legal_and_overrides_change_one_value(tmp_path):
     expected["prune"]["run"]["learning_rate"] = 1e-3
     expected["router"]["features"] = "mixed"
     assert to_tree(changed) == expected
+
+
+def test_the_demo_on_a_gpu_differs_in_its_place_its_devices_and_its_precision_alone():
+    found = differences(to_tree(load_config(DEMO)), to_tree(load_config(DEMO.with_name("demo_gpu.yaml"))))
+    assert {line.split(":")[0] for line in found} == {
+        "root", "encode.gpus_per_actor", "prune.workers", "prune.gpus_per_worker", "prune.engine.precision",
+        "finetune.gpus_per_worker", "finetune.cpus_per_worker", "finetune.engine.precision",
+        "evaluate.gpus_per_network", "evaluate.cpus_per_network",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,10 @@ from aptp.metrics import Lite0, maximum_mean_discrepancy
 from aptp_platform.config import RunConfig
 from aptp_platform.data.captions import decode_rows, read_captioned, source_files
 from aptp_platform.experts.report import write_report
-from aptp_platform.experts.score import HeldOut, batches_of, read_held_out, row_generator, row_losses
+from aptp_platform.experts.score import HeldOut, batches_of, check_scoring, read_held_out, row_generator, row_losses
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.run.layout import FINETUNED, HELD_OUT_ROWS, assigned_router, network_of
 from aptp_platform.run.progress import Progress
-from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
 
 TEACHER = "teacher"
@@ -60,12 +59,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a network's task is larger than the cluster, or there is no held-out row.
     """
-    settings = config.evaluate
-    demands = {
-        "CPU": ("cpus_per_network", settings.cpus_per_network),
-        "GPU": ("gpus_per_network", settings.gpus_per_network),
-    }
-    require_room("evaluate", None, 1, demands, spare=0.0)
+    check_scoring(config.evaluate)
     root = Store.open(config.root, config.storage)
     held = read_held_out(config, root.join(HELD_OUT_ROWS), config.evaluate.images)
     router = assigned_router(root)

@@ -20,6 +20,7 @@ from aptp.metrics import paired_denoising_loss
 from aptp_platform.config import ConfigError, EvaluateConfig, RunConfig
 from aptp_platform.data.encoded import choose_caption, read_encoded
 from aptp_platform.models import PipelineParts
+from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
 
 
@@ -50,6 +51,15 @@ def read_held_out(config: RunConfig, encoded: Store, limit: int) -> HeldOut:
         torch.from_numpy(np.stack([row["latents"] for row in rows])).float(),
         torch.from_numpy(np.stack([row["embeddings"][i] for row, i in zip(rows, chosen, strict=True)])).float(),
     )
+
+
+def check_scoring(config: EvaluateConfig) -> None:
+    """ConfigError if the cluster can never run the task that scores a network."""
+    shares = {
+        "CPU": ("cpus_per_network", config.cpus_per_network),
+        "GPU": ("gpus_per_network", config.gpus_per_network),
+    }
+    require_room("evaluate", None, 1, shares, spare=0.0)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from aptp_platform.config import RunConfig
 from aptp_platform.config_file import to_tree
 from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
-from aptp_platform.experts.score import read_held_out, row_losses
+from aptp_platform.experts.score import check_scoring, read_held_out, row_losses
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.run.layout import CUT, HELD_OUT_ROWS, TRAIN_ROWS, TRIALS, assigned_router, network_of
 from aptp_platform.storage.store import Store
@@ -55,6 +55,7 @@ def tune(config: RunConfig) -> dict[str, Any]:
     root.join(TRAIN_ROWS).require("*.parquet", "root, or run the encode job first")
     root.join(HELD_OUT_ROWS).require("*.parquet", "data.heldout, or run the encode job first")
     check_group(config.prune.run, "prune.run", config.encode)
+    check_scoring(config.evaluate)
     pairs = list(product(config.tune.num_codes, config.tune.budgets))
     chosen = np.random.default_rng(config.seed).permutation(len(pairs))[: config.tune.trials]
     trainable = ray_tune.with_resources(ray_tune.with_parameters(_trial, config=config), TRIAL_RESOURCES)
@@ -104,7 +105,8 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     prune(own, encoded)
     shares = assign(own, encoded)["shares"]
     ratios = cut(own, encoded)["MACs ratios"]
-    loss, full, ratio = ray.get(_score.remote(own, shared, ratios))
+    score = _score.options(num_gpus=own.evaluate.gpus_per_network)
+    loss, full, ratio = ray.get(score.remote(own, shared, ratios))
     seconds = round(time.monotonic() - started, 1)
     trial = Trial(num_codes, budget, folder.uri, ratio, loss, loss - full, shares, seconds)
     folder.write_json("trial.json", {**facts, "trial": asdict(trial)})
@@ -119,13 +121,14 @@ def _score(config: RunConfig, shared: Store, ratios: dict[str, float]) -> tuple[
     held = read_held_out(config, shared.join(HELD_OUT_ROWS), SCORED_ROWS)
     own = Store.open(config.root, config.storage)
     names = [network_of(code) for code in assigned_router(own).route_embeddings(held.embeddings).indices.tolist()]
+    device = "cuda" if config.evaluate.gpus_per_network else "cpu"
     ours = []
     with TemporaryDirectory() as scratch:
         for name in sorted(set(names)):
-            expert = load_expert(own.join(CUT).fetch(name, scratch)).float()
+            expert = load_expert(own.join(CUT).fetch(name, scratch)).float().to(device)
             mine = [row for row in range(len(names)) if names[row] == name]
             ours.append(row_losses(config.evaluate, parts, expert, held, mine))
-    full = row_losses(config.evaluate, parts, parts.unet, held, list(range(len(names))))
+    full = row_losses(config.evaluate, parts, parts.unet.to(device), held, list(range(len(names))))
     return float(np.concatenate(ours).mean()), float(full.mean()), float(np.mean([ratios[name] for name in names]))
 
 

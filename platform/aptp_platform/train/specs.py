@@ -258,7 +258,7 @@ def _batches(
             torch.from_numpy(rows["latents"].astype(np.float32)).to(device),
             encode_texts(parts.tokenizer, parts.text_encoder, rows["captions"].tolist()),
             torch.from_numpy(rows["embeddings"].astype(np.float32)).to(device),
-            torch.from_numpy(rows["rows"]).to(device),
+            torch.tensor(rows["rows"], device=device),
         )
 
 

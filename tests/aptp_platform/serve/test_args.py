@@ -1,13 +1,15 @@
 """A Serve config file: what differs for one code is laid over what holds for all; unknown keys name the nearest one."""
 
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-from aptp_platform.serve.app import build
+from aptp_platform.serve.app import _expert_options, build
 from aptp_platform.serve.args import ServeArgs
 
 
@@ -33,6 +35,23 @@ def test_the_teacher_takes_the_experts_settings_or_its_own() -> None:
     own = parse(teacher={"num_gpus": 1}).teacher_args
     assert own is not None
     assert own.device == "cuda"
+
+
+def test_the_demo_s_replicas_share_one_gpu_in_half_precision_twice_over() -> None:
+    demo, on_gpu = (_arguments(name) for name in ("demo", "demo_gpu"))
+    experts = on_gpu.experts
+    assert (experts.device, experts.dtype) == ("cuda", "float16")
+    options = _expert_options(experts, on_gpu)
+    assert options["ray_actor_options"] == {"num_cpus": experts.num_cpus, "num_gpus": experts.num_gpus}
+    replicas = 2 * (4 + 1)  # of four codes and the teacher, while a new release takes over
+    assert replicas * experts.num_gpus <= 1
+    assert replicas * experts.num_cpus + 2 * (on_gpu.router.num_cpus + on_gpu.ingress.num_cpus) <= 4
+    assert on_gpu.model_copy(update={"experts": demo.experts, "release": demo.release}) == demo
+
+
+def _arguments(name: str) -> ServeArgs:
+    path = Path(__file__).parents[3] / "serve_configs" / f"{name}.yaml"
+    return ServeArgs.model_validate(yaml.safe_load(path.read_text())["applications"][0]["args"])
 
 
 def test_a_full_batch_is_the_target_of_scaling_unless_the_config_names_one() -> None:
