@@ -8,12 +8,14 @@ Read the modules in this order; each imports only what stands above it, and data
     gates, slicing, cost    a network that obeys a code, the smaller network that equals it, and what that costs
     expert                  a sliced network on disk
     noise                   random numbers as functions of seed, step, row and use
-    relax, transport        bits with gradients; balanced assignment
-    router                  prompts to codes
+    relax, transport        bits with gradients; prompts shared out over codes
+    need                    what a prompt loses under each code, measured and predicted
+    routes, router          prompts to codes
     losses, objectives      the terms that the two stages minimise, and their weights
     pruning, calibration    stage 1: router and codes are learned on the frozen, gated network, then put on budget
     baselines               codes that other methods choose at the same budget
-    finetuning              stage 2: each expert learns from its own prompts and from the full network
+    finetuning, sharing     stage 2: each expert learns from its own prompts and from the full network; before it, if
+                            wanted, one set of weights learns under all codes
     release                 all of it in one folder, written and read
     pipeline                images out of that folder
     metrics, analysis       what it is worth, and what the router has learned
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
         words_by_code,
     )
     from aptp.baselines import block_removal_code, magnitude_code, random_code, random_routing, uniform_code
-    from aptp.calibration import Calibration, calibrate_budget
+    from aptp.calibration import Calibration, calibrate_budget, set_price
     from aptp.codes import ArchitectureCode, PruningSpace, Site
     from aptp.cost import CostTable, cost_table, count_macs
     from aptp.expert import BaseModel, ExpertInfo, load_expert, read_expert_info, save_expert
@@ -49,13 +51,16 @@ if TYPE_CHECKING:
         maximum_mean_discrepancy,
         paired_denoising_loss,
     )
+    from aptp.need import NeedConfig, NeedHead, Observations, fit_need
     from aptp.noise import Noise
     from aptp.objectives import FinetuningConfig, PruningConfig
     from aptp.pipeline import AptpOutput, AptpPipeline
     from aptp.prompts import PromptEncoder
     from aptp.pruning import PruningStage
     from aptp.release import BrokenReleaseError, Release, ReleaseInfo, read_release, write_release
-    from aptp.router import Router, RouterConfig, Routes, UnusedCodeError
+    from aptp.router import Router
+    from aptp.routes import RouterConfig, Routes, UnusedCodeError
+    from aptp.sharing import SharingStage
     from aptp.sites import Granule, any_order, outermost_first, read_space
     from aptp.slicing import slice_unet
 
@@ -69,13 +74,16 @@ _HOMES: Final = {
     "cost": ("CostTable", "cost_table", "count_macs"),
     "expert": ("BaseModel", "ExpertInfo", "load_expert", "read_expert_info", "save_expert"),
     "noise": ("Noise",),
-    "router": ("Router", "RouterConfig", "Routes", "UnusedCodeError"),
+    "need": ("NeedConfig", "NeedHead", "Observations", "fit_need"),
+    "routes": ("RouterConfig", "Routes", "UnusedCodeError"),
+    "router": ("Router",),
     "losses": ("LossTerms", "NoiseSchedule"),
     "objectives": ("FinetuningConfig", "PruningConfig"),
     "pruning": ("PruningStage",),
-    "calibration": ("Calibration", "calibrate_budget"),
+    "calibration": ("Calibration", "calibrate_budget", "set_price"),
     "baselines": ("block_removal_code", "magnitude_code", "random_code", "random_routing", "uniform_code"),
     "finetuning": ("FinetuningStage",),
+    "sharing": ("SharingStage",),
     "release": ("BrokenReleaseError", "Release", "ReleaseInfo", "read_release", "write_release"),
     "pipeline": ("AptpOutput", "AptpPipeline"),
     "metrics": (

@@ -1,7 +1,11 @@
-"""After stage 1: the thresholds are moved until the prompts, as they are really routed, cost the budget."""
+"""A router is put on budget: the prompts, as they are really routed, cost it on average.
+
+After stage 1 the thresholds of all gates are moved (`calibrate_budget`). Once the experts are cut their sizes stand,
+and the price that a prompt pays for size is moved instead (`set_price`).
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -9,8 +13,9 @@ from torch import Tensor
 
 from aptp.cost import CostTable
 from aptp.relax import LOGIT_LIMIT
-from aptp.router import Router, require_used
-from aptp.transport import balanced_assignment
+from aptp.router import Router
+from aptp.routes import Routes, code_usage, require_used
+from aptp.transport import assign
 
 
 @dataclass(frozen=True)
@@ -32,28 +37,34 @@ def calibrate_budget(
     budget: float,
     *,
     tolerance: float = 0.01,
-    balance: bool = False,
+    balance: float = 0.0,
     allow_unused: bool = False,
 ) -> Calibration:
     """Moves the thresholds of all gates by one number until the prompts, as finally routed, cost the budget on average.
 
     The shift is added to every width logit of codes and predictor alike, which keeps each site's order of units; depth
-    moves only if width alone cannot reach the budget. Routes are computed anew for every shift that is tried. With
-    `balance` the router's bias becomes the transport's potentials on these prompts: each code then gets about its equal
-    share at inference as in training. A code that nobody uses is an UnusedCodeError unless allowed, a budget out of
-    reach ValueError.
+    moves only if width alone cannot reach the budget. Routes are computed anew for every shift that is tried. The
+    router's bias becomes the transport's potentials on these prompts, under the `balance` of training: inference then
+    shares prompts out as training did.
+
+    Raises:
+        UnusedCodeError: no prompt is routed to a code, unless that is allowed.
+        ValueError: the budget is out of reach.
     """
     if not table.minimum <= budget <= 1:
         raise ValueError(f"budget must lie in {table.minimum:.3f}..1 (what this space can reach), it is {budget}")
+    router.route_embeddings(embeddings[:1])  # refuses what no router can route
+    logits, codes = router(embeddings)
+    losses = None if router.need is None else router.need(embeddings)
 
     def ratio_at(width: float, depth: float) -> float:
         router.shift.copy_(torch.tensor([width, depth]))
-        if balance:
-            router.bias.zero_()
-            similarities = router.route_embeddings(embeddings).similarities
-            router.bias.copy_(balanced_assignment(similarities, epsilon=0.005, iterations=300).potentials)
-        usage = router.route_embeddings(embeddings).usage()
-        return float((usage * table.ratio(router.harden(router.gates(router.codes)))).sum())
+        router.costs.copy_(table.ratio(router.harden(router.code_gates(router.codes))))
+        router.bias.zero_()
+        routes = router.route_logits(logits, codes, losses)
+        _share_out(router, routes, balance)
+        usage = code_usage((routes.scores + router.bias).argmax(1), router.num_codes)
+        return float((usage * router.costs).sum())
 
     def bracket(ratio_of: Callable[[float], float], low: float = -30.0) -> tuple[float, float]:
         high = 30.0
@@ -79,3 +90,59 @@ def calibrate_budget(
     if not allow_unused:
         require_used(usage)
     return Calibration(before, after, width, depth, tuple(usage.tolist()))
+
+
+@torch.no_grad()
+def set_price(
+    router: Router,
+    embeddings: Float[Tensor, "prompt dim"],
+    budget: float,
+    *,
+    tolerance: float = 0.01,
+    balance: float = 0.0,
+) -> Float[Tensor, " code"]:
+    """Sets the price at which these prompts cost the budget on average; returns each code's share of them.
+
+    Without `balance` no other use of the same codes at that cost loses less by prediction: every price is such an
+    optimum, at a mean cost of its own. Of few prompts one alone can miss the tolerance; then half of one is allowed.
+
+    Raises:
+        ValueError: the router does not route by need, or no price gives the budget within the tolerance.
+    """
+    router.bias.zero_()
+    free = router.route_embeddings(embeddings, price=0.0)
+    assert free.losses is not None  # a router without losses has refused the price
+
+    def cost_at(price: float) -> float:
+        router.price.fill_(price)
+        router.bias.zero_()
+        scores = router.scores(free.similarities, free.losses)
+        _share_out(router, replace(free, scores=scores), balance)
+        return float(router.costs[(scores + router.bias).argmax(1)].mean())
+
+    low, high = 0.0, float(free.losses.mean())
+    dearest = cost_at(low)
+    while dearest > budget and cost_at(high) > budget and high < 1e9:
+        high *= 2
+    cheapest = cost_at(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost_at(middle) > budget else (low, middle)
+    found = min((low, high), key=lambda price: abs(cost_at(price) - budget))
+    one_prompt = float(router.costs.max() - router.costs.min()) / len(embeddings)
+    tolerance = max(tolerance, one_prompt / 2 / budget)
+    if abs(cost_at(found) / budget - 1) > tolerance:
+        raise ValueError(
+            f"no price makes these {len(embeddings)} prompts cost {budget} of the full MACs (tolerance "
+            f"{tolerance:.0%}): they cost {dearest:.3f} at their best codes, {cheapest:.3f} at a price of {high:.3g}, "
+            f"and {cost_at(found):.3f} is the nearest; choose a budget in that range or cut codes of other sizes"
+        )
+    return router.route_embeddings(embeddings).usage()
+
+
+def _share_out(router: Router, routes: Routes, balance: float) -> None:
+    """Sets the router's bias to the transport's potentials, in the units of the routes' scores."""
+    if balance:
+        unit = 1.0 if routes.losses is None else routes.losses.mean().clamp_min(1e-12)
+        shared = assign(routes.scores / unit, epsilon=0.005, iterations=300, balance=balance)
+        router.bias.copy_(unit * shared.potentials)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aptp.gates import block_features
 from aptp.latents import Batch
-from aptp.losses import Gather, LossTerms, NoiseSchedule, alone, denoising_loss, feature_loss, output_loss
+from aptp.losses import Gather, LossTerms, NoiseSchedule, alone, denoising_loss, feature_loss, per_sample_error
 from aptp.noise import Noise, sample_noise
 from aptp.objectives import FinetuningConfig
 
@@ -63,6 +63,12 @@ class FinetuningStage(nn.Module):
 
     def forward(self, batch: Batch, *, noise: Noise, gather: Gather = alone) -> LossTerms:
         """The terms of one batch. noise: of the batch's rows."""
+        return self.measure(batch, noise, gather)[0]
+
+    def measure(
+        self, batch: Batch, noise: Noise, gather: Gather = alone
+    ) -> tuple[LossTerms, Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """The terms; by row, without gradient: the distillation error, and the time t in [0, 1) of its noise."""
         config = self.config
         added, timesteps = sample_noise(batch.latents, len(self.schedule), noise)
         noisy = self.schedule.noisy(batch.latents, added, timesteps)
@@ -75,10 +81,12 @@ class FinetuningStage(nn.Module):
 
         target = self.schedule.target(batch.latents, added, timesteps)
         weight = self.schedule.min_snr_weight(timesteps, config.snr_gamma)
-        terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
+        errors = per_sample_error(student, teacher)
+        terms = {"denoising": denoising_loss(student, target, weight), "output": errors.mean()}
         if config.feature_weight:
             terms["feature"] = feature_loss(learnt, taught, normalise=config.normalise_features, gather=gather)
-        return LossTerms(terms, {name: getattr(config, f"{name}_weight") for name in terms})
+        weights = {name: getattr(config, f"{name}_weight") for name in terms}
+        return LossTerms(terms, weights), errors.detach(), timesteps / len(self.schedule)
 
     def _drop(self, text_states: Float[Tensor, "batch token text"], noise: Noise) -> Float[Tensor, "batch token text"]:
         if self.null_states is None or not self.config.null_share:

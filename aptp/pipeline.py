@@ -16,7 +16,8 @@ from torch import nn
 
 from aptp.expert import load_expert
 from aptp.release import Release, read_release
-from aptp.router import Router, Routes
+from aptp.router import Router
+from aptp.routes import Routes
 
 
 @dataclass(frozen=True)

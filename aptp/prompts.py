@@ -18,7 +18,8 @@ class PromptEncoder(nn.Module):
     """A frozen sentence encoder: `encode(prompts)` is the same for a prompt whoever shares its batch.
 
     Prompts are grouped by their length in tokens, so that no row is ever padded: the result depends on the batch only
-    through the rounding of the matrix product (about 1e-6).
+    through the rounding of the matrix product (about 1e-6). Of a prompt longer than `max_tokens` nothing is ignored: it
+    is encoded in windows, and its embedding is the mean over all their tokens.
     """
 
     tokenizer: Any
@@ -60,17 +61,27 @@ class PromptEncoder(nn.Module):
         """Sentence embeddings, fp32, not normalised. An empty prompt is legal; a missing one is not."""
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"encode needs a non-empty sequence of strings, it was given {prompts!r}")
-        rows = self.tokenizer(list(prompts), truncation=True, max_length=self.max_tokens)["input_ids"]
+        windows, owners = self._windows(prompts)
         by_length: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
+        for index, row in enumerate(windows):
             by_length.setdefault(len(row), []).append(index)
         device = next(self.model.parameters()).device
-        embeddings = torch.empty(len(rows), self.dim, device=device)
-        for indices in by_length.values():
+        sums = torch.zeros(len(prompts), self.dim, device=device)
+        tokens = torch.zeros(len(prompts), 1, device=device)
+        for length, indices in by_length.items():
             for start in range(0, len(indices), _GROUP_SIZE):
                 group = indices[start : start + _GROUP_SIZE]
-                ids = torch.tensor([rows[index] for index in group], device=device)
+                ids = torch.tensor([windows[index] for index in group], device=device)
                 with torch.inference_mode():
                     pooled = self.model(input_ids=ids)[0].mean(1)  # of one length, so nothing is padding
-                embeddings[group] = pooled
-        return embeddings
+                prompt = torch.tensor([owners[index] for index in group], device=device)
+                sums.index_add_(0, prompt, length * pooled.float())
+                tokens.index_add_(0, prompt, tokens.new_full((len(group), 1), length))
+        return sums / tokens
+
+    def _windows(self, prompts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+        """Token ids of at most `max_tokens` each, special tokens included, and the prompt that each is of."""
+        tokens = self.tokenizer(
+            list(prompts), truncation=True, max_length=self.max_tokens, return_overflowing_tokens=True
+        )
+        return tokens["input_ids"], tokens["overflow_to_sample_mapping"]

@@ -1,8 +1,14 @@
 """Stage 1: the router and its codes are learned on a frozen, gated UNet.
 
-    e = predictor(z);  A = codes;  k(b) = argmax of the balanced transport of <phi(e_b), phi(A_k)>
+    e = predictor(z);  A = codes;  C = <phi(e), phi(A)>;  d = need head(z);  r = MACs ratios of the codes
+    k(b) = argmax of the transport of  w C_bk - d_bk - price r_k          (by need; the paper's: of C_bk, balanced)
     x_t, target = noised latents;  teacher = UNet with open gates;  student = UNet with the gates of A_k(b), sampled
-    L = denoising + distillation + budget + contrastive + pull + spread                           (APTP, Algorithm 1)
+    L = denoising + distillation + price sum_k usage_k r_k + contrastive + pull
+    price <- [price + rate (sum_k usage_k r_k - budget)]_+
+
+The last two lines are dual ascent: where they rest, the routed prompts cost the budget and each code's loss falls by
+the same price per unit of cost, so that capacity stands where it is needed. The paper's Algorithm 1 is `paper()` of the
+router's and the objective's configs.
 
 The UNet is the teacher and the student: one set of weights, no gradient to any of them. The module is single-device
 code. Across workers `gather` joins rows (W workers, each (B, ...), give (W B, ...)); its backward must sum over the
@@ -11,10 +17,10 @@ that of the global batch. A row's noise depends on the row and the step, a code'
 (`aptp.noise`): neither depends on the worker.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from aptp.codes import PruningSpace
@@ -27,17 +33,20 @@ from aptp.losses import (
     NoiseSchedule,
     alone,
     contrastive_loss,
-    denoising_loss,
     feature_loss,
-    output_loss,
+    per_sample_error,
     pull_loss,
     resource_loss,
     spread,
 )
+from aptp.need import NeedMemory, Observations
 from aptp.noise import Noise, sample_noise
 from aptp.objectives import PruningConfig
-from aptp.router import Router, code_usage
-from aptp.transport import balanced_assignment
+from aptp.router import Router
+from aptp.routes import code_usage
+from aptp.transport import Transport, assign
+
+_LEAST_PRICE: Final = 0.5  # for routing; where the budget binds, prices are near 10
 
 
 class PruningStage(nn.Module):
@@ -47,6 +56,8 @@ class PruningStage(nn.Module):
     """
 
     usage: Tensor
+    price: Tensor
+    exchange: Tensor
 
     def __init__(
         self,
@@ -67,7 +78,13 @@ class PruningStage(nn.Module):
         self.unet = unet.eval().requires_grad_(False)
         self.space, self.table, self.router, self.config = space, table, router, config
         self.schedule = NoiseSchedule(scheduler)
+        self.memory = (
+            None if router.need is None else NeedMemory(router.config.embedding_dim, router.config.need.memory)
+        )
         self.register_buffer("usage", torch.full((router.num_codes,), 1 / router.num_codes))
+        self.register_buffer("price", torch.zeros(()))  # of a unit of cost, in units of what pruning adds
+        # Moving averages of what pruning adds to the objective, in size, and of the error that the need head predicts.
+        self.register_buffer("exchange", torch.zeros(2))
 
     def train(self, mode: bool = True) -> "PruningStage":
         """The frozen UNet stays in evaluation mode."""
@@ -91,38 +108,47 @@ class PruningStage(nn.Module):
         warm = bool(noise.step < config.warmup_steps)
 
         logits, codes = router(batch.embeddings)
+        if warm and config.warmup == "parent":
+            codes = codes.mean(0, keepdim=True).expand_as(codes)
+        elif noise.step == config.warmup_steps:
+            self._part(codes)
         code_noise = noise.of(torch.arange(len(codes), device=codes.device)).gumbel(codes.shape[1], use="codes")
-        prompt_noise = noise.gumbel(logits.shape[1], use="prompts")
-        sampled_codes = router.gates(codes, code_noise)
-        free_codes, free_prompts = router.gates(codes), router.gates(logits)
-        sampled_prompts = router.gates(logits, prompt_noise)
+        sampled_codes, free_codes = router.code_gates(codes, code_noise), router.code_gates(codes)
+        sampled_prompts = router.gates(logits, noise.gumbel(logits.shape[1], use="prompts"))
+        free_prompts = router.gates(logits)
+        code_ratios = self.table.ratio(router.harden(free_codes))
+        self._set_price(code_ratios.detach())
 
-        # The transport sees everybody's prompts; its potentials then assign this worker's rows.
         noisy = config.assignment_noise
         ours = router.features(sampled_prompts if noisy else free_prompts)
         theirs = router.features(sampled_codes if noisy else free_codes).detach()
         similarity = ours @ theirs.T
-        transport = balanced_assignment(
-            gather(similarity.detach()), epsilon=config.transport_epsilon, iterations=config.transport_iterations
-        )
-        assigned = (similarity.detach() + transport.potentials).argmax(1)
+        losses = None if router.need is None else router.need(batch.embeddings)
+        assigned, explored, transport = self._assign(similarity.detach(), losses, noise, gather)
 
-        gates = sampled_prompts if warm else sampled_codes[assigned]
+        alone_gates = warm and config.warmup == "prompts"
+        gates = sampled_prompts if alone_gates else sampled_codes[assigned]
+        if explored is not None:  # measured only: a code learns from the prompts that it will serve
+            gates = torch.where(explored[:, None], gates.detach(), gates)
         mask = router.harden(gates) if config.forward_gates == "hard" else gates
-        terms = self._denoise(batch, mask, noise, gather)
+        terms, errors, added, times = self._denoise(batch, mask, noise, gather)
+        if not alone_gates:
+            self._remember(batch, assigned, times, errors, added, noise.step, gather)
 
-        routed = router.route_logits(logits, codes)
-        self._remember(gather(routed.usage().unsqueeze(0)).mean(0))
-        code_ratios = self.table.ratio(router.harden(free_codes))
-        if warm:
+        routed = router.route_logits(logits, codes, losses)
+        decay = config.usage_decay
+        self.usage.mul_(decay).add_(gather(routed.usage().unsqueeze(0)).mean(0), alpha=1 - decay)
+        if alone_gates:
             ratios = gather(self.table.ratio(router.harden(free_prompts)))
             shares = torch.ones_like(ratios)
+        elif config.resource == "price":
+            ratios, shares = code_ratios, self.usage.clone()
         else:
             # Half the weight is the transport's equal share: a code that inference does not use yet would otherwise
             # have no budget, drift away from the others, and stay unused.
             ratios, shares = code_ratios, (self.usage + 1 / router.num_codes) / 2
         ratio = (shares * ratios).sum() / shares.sum()
-        terms["resource"] = resource_loss(ratio, config.budget)
+        terms["resource"] = self._pay(ratio)
         terms["spread"] = -spread(ratios, shares)
         terms["largest"] = 1 - ratios.max()
         terms["contrastive"] = contrastive_loss(
@@ -132,22 +158,115 @@ class PruningStage(nn.Module):
             form=config.contrastive,
         )
         terms["pull"] = pull_loss(similarity, assigned, temperature=config.pull_temperature)
+        weights = {name: getattr(config, f"{name}_weight") for name in terms if name != "denoising"}
+        if config.resource == "price":
+            weights["resource"] = 1.0  # the multiplier is the weight
         return LossTerms(
             terms,
-            {name: getattr(config, f"{name}_weight") for name in terms if name != "denoising"},
+            weights,
             {
                 "ratio": ratio.detach(),
                 "code_ratios": code_ratios.detach(),
                 "usage": self.usage.clone(),
+                "price": self.price.clone(),
                 "transport_usage": code_usage(transport.indices, router.num_codes),
+                "trained": code_usage(assigned, router.num_codes),
                 "agreement": (routed.indices == assigned).float().mean(),
                 "margin": routed.margins.mean(),
             },
         )
 
-    def _denoise(self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone) -> dict[str, Tensor]:
-        added, timesteps = sample_noise(batch.latents, len(self.schedule), noise)
-        noisy = self.schedule.noisy(batch.latents, added, timesteps)
+    @torch.no_grad()
+    def _part(self, codes: Float[Tensor, "code gate"]) -> None:
+        """The codes leave the warm-up at unlike sizes: the smallest for the first, the largest for the last."""
+        span, count = self.config.size_span, self.router.num_codes
+        if count == 1 or span == 0:
+            return
+        wanted = self.config.budget * torch.linspace(1 - span, 1 + span, count, device=codes.device)
+        wanted = wanted.clamp(self.table.minimum, 1.0)
+        low, high = torch.full_like(wanted, -30.0), torch.full_like(wanted, 30.0)
+        for _ in range(24):
+            self.router.offsets.copy_((low + high) / 2)
+            small = self.table.ratio(self.router.harden(self.router.code_gates(codes))) < wanted
+            low, high = torch.where(small, self.router.offsets, low), torch.where(small, high, self.router.offsets)
+        if self.memory is not None:
+            self.memory.count.zero_()  # what was measured is of codes that are no more
+
+    def _set_price(self, ratios: Float[Tensor, " code"]) -> None:
+        """The router pays the same price as the objective, in units of the error that the need head predicts."""
+        # Cost is never free: where the budget does not bind, what gains next to nothing still goes to the cheaper code.
+        self.router.price.copy_(self.price.clamp_min(_LEAST_PRICE) * self.exchange[1])
+        self.router.costs.copy_(ratios)
+
+    @torch.no_grad()
+    def _assign(
+        self,
+        similarity: Float[Tensor, "row code"],
+        losses: Float[Tensor, "row code"] | None,
+        noise: Noise,
+        gather: Gather,
+    ) -> tuple[Int[Tensor, " row"], Bool[Tensor, " row"] | None, Transport]:
+        """Each row's code, and whether it is there only to be measured. The transport sees everybody's prompts; its
+        potentials assign our rows."""
+        config, router = self.config, self.router
+        scores = router.scores(similarity, losses)
+        everyone = gather(scores)
+        if losses is not None:  # in units in which `balance` and `transport_epsilon` mean the same all along
+            unit = gather(losses).mean().clamp_min(1e-12)
+            scores, everyone = scores / unit, everyone / unit
+        transport = assign(
+            everyone,
+            epsilon=config.transport_epsilon,
+            iterations=config.transport_iterations,
+            balance=config.balance,
+        )
+        assigned = (scores + transport.potentials).argmax(1)
+        if self.memory is None:
+            return assigned, None, transport
+        unknown = self.memory.count < router.config.need.enough
+        explored = (noise.uniform(use="exploration") < config.exploration) & ~unknown
+        drawn = noise.integers(router.num_codes, use="explored code")
+        return torch.where(explored | unknown, drawn, assigned), explored, transport
+
+    @torch.no_grad()
+    def _remember(
+        self,
+        batch: Batch,
+        assigned: Int[Tensor, " row"],
+        times: Float[Tensor, " row"],
+        errors: Float[Tensor, " row"],
+        added: Float[Tensor, " row"],
+        step: int | Tensor,
+        gather: Gather,
+    ) -> None:
+        """What this step has measured: of the codes' errors, and of their price in the objective."""
+        measured = gather(torch.stack([added.abs(), errors], 1)).mean(0)
+        first = (self.exchange == 0).all()
+        self.exchange.lerp_(measured, torch.where(first, 1.0, 1 - self.config.usage_decay))
+        if self.memory is None or self.router.need is None:
+            return
+        seen = Observations(gather(batch.embeddings), gather(assigned), gather(times), gather(errors))
+        before, enough = int(self.memory.count), self.router.config.need.enough
+        self.memory.add(seen)
+        if before + len(seen) >= enough and (before < enough or step % self.config.need_every == 0):
+            self.router.need.observe(self.memory.observations())
+
+    def _pay(self, ratio: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        config = self.config
+        if config.resource == "log":
+            return resource_loss(ratio, config.budget)
+        over = ratio.detach() - config.budget
+        paid = (self.price + config.price_gain * over).clamp_min(0)
+        self.price.add_(config.price_rate * over).clamp_(min=0)
+        return paid * self.exchange[0] * ratio
+
+    def _denoise(
+        self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone
+    ) -> tuple[dict[str, Tensor], Float[Tensor, " batch"], Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """The task's terms; by row: the distillation error, what pruning adds to the objective, and t in [0, 1)."""
+        config = self.config
+        eps, timesteps = sample_noise(batch.latents, len(self.schedule), noise)
+        noisy = self.schedule.noisy(batch.latents, eps, timesteps)
         with gated(self.unet, self.space) as gates, block_features(self.unet) as features:
             gates.open()
             with torch.no_grad():
@@ -156,14 +275,12 @@ class PruningStage(nn.Module):
             gates.set(mask)
             student = self.unet(noisy, timesteps, batch.text_states, return_dict=False)[0]
             learnt = list(features)
-        target = self.schedule.target(batch.latents, added, timesteps)
-        weight = self.schedule.min_snr_weight(timesteps, self.config.snr_gamma)
-        terms = {"denoising": denoising_loss(student, target, weight), "output": output_loss(student, teacher)}
-        if self.config.feature_weight:
-            terms["feature"] = feature_loss(learnt, taught, normalise=self.config.normalise_features, gather=gather)
-        return terms
-
-    @torch.no_grad()
-    def _remember(self, usage: Float[Tensor, " code"]) -> None:
-        decay = self.config.usage_decay
-        self.usage.mul_(decay).add_(usage, alpha=1 - decay)
+        target = self.schedule.target(batch.latents, eps, timesteps)
+        weight = self.schedule.min_snr_weight(timesteps, config.snr_gamma)
+        loss, errors = weight * per_sample_error(student, target), per_sample_error(student, teacher)
+        terms = {"denoising": loss.mean(), "output": errors.mean()}
+        added = (loss - weight * per_sample_error(teacher, target) + config.output_weight * errors).detach()
+        if config.feature_weight:
+            terms["feature"] = feature_loss(learnt, taught, normalise=config.normalise_features, gather=gather)
+            added = added + config.feature_weight * terms["feature"].detach()
+        return terms, errors.detach(), added, timesteps / len(self.schedule)

@@ -1,122 +1,42 @@
-"""The prompt router: z -> architecture embedding -> the nearest of K architecture codes.
+"""The prompt router: each prompt goes to one of K architecture codes, by what it needs or by what it resembles.
 
-    e = predictor(z);   C_bk = <phi(y(e_b)), phi(y(A_k))>;   code of prompt b = argmax_k C_bk + bias_k
+    need        code of prompt b = argmin_k d_k(z_b) + price cost_k - w C_bk - bias_k
+    similarity  code of prompt b = argmax_k C_bk + bias_k                                    (APTP, section 3)
 
-with y the gates of `aptp.relax` and phi(y) the soft gates, a width gate times the depth gate above it, every site
-scaled to unit norm when full, normalised to length one (APTP, section 3). Inference has no noise: a route is a function
-of the prompt and the weights, whatever the batch, its order or the seed. `bias` and `shift` are zero (the paper's rule)
-until `aptp.calibration.calibrate_budget` sets them, one to share prompts out as training did, one to meet the budget.
+d is the loss that a code is expected to add (`aptp.need`), cost a code's MACs ratio, and price what one unit of it may
+cost in loss: 0 asks for the best code, infinity for the cheapest. C_bk = <phi(y(e_b)), phi(y(A_k))> with e =
+predictor(z), y the gates of `aptp.relax` and phi(y) the soft gates, a width gate times the depth gate above it, every
+site scaled to unit norm when full, normalised to length one.
+
+Inference has no noise: a route is a function of the prompt and the weights, whatever the batch, its order or the seed.
+`price`, `costs`, `bias` and `shift` are zero until training and `aptp.calibration` set them.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aptp.codes import ArchitectureCode, PruningSpace
+from aptp.need import NeedHead
 from aptp.prompts import PromptEncoder
-from aptp.relax import Relaxation, harden, soft_gates
+from aptp.relax import harden, soft_gates
+from aptp.routes import RouterConfig, Routes
 
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
+_READABLE: Final = (1, 2)  # of schema 1 are routers without a need head
 _WEIGHTS, _CONFIG, _ENCODER = "router.safetensors", "router.json", "encoder"
 
 
-class UnusedCodeError(ValueError):
-    """A code to which no prompt is routed: it would become an expert without training data."""
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """num_codes K, embedding_dim of the prompt encoder, and how logits start.
-
-    initial_logit, initial_spread: logits of codes and predictor start at N(initial_logit, initial_spread^2). The paper
-        starts at 0 with orthonormal rows (spread about 1/sqrt(D)), where a gate's slope is 0.0014 and all codes are
-        equal to rounding: paper() gives that. Starting nearer the threshold, -offset = -3, lets a short run learn.
-    initial_depth: the start of the logit that stands for "keep all depth" in an ordered space. At the paper's 0 the
-        gates that go first start three quarters open, and a few steps of the budget's pressure close them.
-    normalise: the predictor sees z centred and divided by its 1-norm, so that one step of Adam moves its logits at most
-        as far as it moves a code's, and one learning rate serves both. The paper feeds z as it is.
-    features: "soft", or the paper's "mixed" (hard bits, but soft products under a depth gate).
-    """
-
-    num_codes: int = 16
-    embedding_dim: int = 768
-    relaxation: Relaxation = field(default_factory=Relaxation)
-    initial_logit: float = -2.0
-    initial_spread: float = 0.2
-    initial_depth: float = 2.0
-    normalise: bool = True
-    features: Literal["soft", "mixed"] = "soft"
-
-    def __post_init__(self) -> None:
-        for name in ("num_codes", "embedding_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
-        if self.initial_spread <= 0:
-            raise ValueError(f"initial_spread must be positive (equal codes cannot part), it is {self.initial_spread}")
-        if self.features not in ("soft", "mixed"):
-            raise ValueError(f"features must be 'soft' or 'mixed', it is {self.features!r}")
-
-    @classmethod
-    def paper(cls, num_codes: int = 16, embedding_dim: int = 768) -> "RouterConfig":
-        """The published router's own start and features."""
-        return cls(
-            num_codes,
-            embedding_dim,
-            initial_logit=0.0,
-            initial_spread=0.025,
-            initial_depth=0.0,
-            normalise=False,
-            features="mixed",
-        )
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "RouterConfig":
-        return cls(**{**data, "relaxation": Relaxation(**data["relaxation"])})
-
-
-@dataclass(frozen=True)
-class Routes:
-    """indices: each prompt's code. similarities: to every code, with bias. margins: best minus second (0 for K=1)."""
-
-    indices: Int[Tensor, " batch"]
-    similarities: Float[Tensor, "batch code"]
-    margins: Float[Tensor, " batch"]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def usage(self) -> Float[Tensor, " code"]:
-        """Each code's share of these prompts."""
-        return code_usage(self.indices, self.similarities.shape[1])
-
-
-def code_usage(indices: Int[Tensor, " batch"], num_codes: int) -> Float[Tensor, " code"]:
-    """Each code's share of the prompts."""
-    codes = torch.arange(num_codes, device=indices.device)
-    return (indices[:, None] == codes).float().sum(0) / max(len(indices), 1)
-
-
-def require_used(usage: Float[Tensor, " code"]) -> None:
-    """UnusedCodeError, naming them, if there are codes without a prompt."""
-    unused = [index for index, share in enumerate(usage.tolist()) if share == 0]
-    if unused:
-        raise UnusedCodeError(
-            f"no prompt is routed to code {', '.join(map(str, unused))} of {len(usage)} "
-            f"(usage {[round(share, 3) for share in usage.tolist()]}): "
-            "calibrate with balance=True, raise the pull weight, train longer, or lower num_codes"
-        )
-
-
 class ArchitecturePredictor(nn.Module):
-    """e = W x + c, one linear map from the embedding to the logits of a whole architecture.
+    """e = W x + c, one linear map from the embedding to the logits of a whole architecture, in fp32.
 
     x is z, or with `normalise` (z - centre) / |z - centre|_1.
     """
@@ -132,13 +52,14 @@ class ArchitecturePredictor(nn.Module):
     def forward(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch gate"]:
         x = embeddings.float()
         if self.normalise:
-            x = F.normalize(x - self.centre, p=1, dim=1)
+            x = F.normalize(x - self.centre.float(), p=1, dim=1)
         with torch.autocast(x.device.type, enabled=False):
-            return self.linear(x)
+            return F.linear(x, self.linear.weight.float(), self.linear.bias.float())
 
 
 class Router(nn.Module):
-    """Predictor, codes and what turns them into routes; the prompt encoder is optional (training has embeddings)."""
+    """Predictor, codes, need head and what turns them into routes; the prompt encoder is optional (training has
+    embeddings)."""
 
     site_index: Tensor
     owner_index: Tensor
@@ -146,6 +67,9 @@ class Router(nn.Module):
     site_scale: Tensor
     bias: Tensor
     shift: Tensor
+    offsets: Tensor
+    costs: Tensor
+    price: Tensor
 
     def __init__(
         self,
@@ -153,6 +77,7 @@ class Router(nn.Module):
         config: RouterConfig,
         encoder: PromptEncoder | None = None,
         *,
+        need: NeedHead | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -161,11 +86,14 @@ class Router(nn.Module):
         self.space, self.config, self.encoder = space, config, encoder
         self.predictor = ArchitecturePredictor(config.embedding_dim, len(space), normalise=config.normalise)
         self.codes = nn.Parameter(torch.empty(config.num_codes, len(space)))
+        self.need = need
+        if config.routing == "need" and need is None:
+            self.need = NeedHead(config.num_codes, config.embedding_dim, config.need)
         self._lay_out()
         self._start(generator)
 
     def _lay_out(self) -> None:
-        space = self.space
+        space, num_codes = self.space, self.config.num_codes
         units = torch.tensor([site.units for site in space.width], dtype=torch.long)
         order = None if space.keep_order is None else torch.tensor(space.keep_order, dtype=torch.long)
         # A width site without a depth site above it points one past the last depth gate, where `features` puts a one.
@@ -175,8 +103,11 @@ class Router(nn.Module):
         self.register_buffer("owner_index", owners.repeat_interleave(units), persistent=False)
         self.register_buffer("keep_order", order, persistent=False)
         self.register_buffer("site_scale", scale, persistent=False)
-        self.register_buffer("bias", torch.zeros(self.config.num_codes))
+        self.register_buffer("bias", torch.zeros(num_codes))
         self.register_buffer("shift", torch.zeros(2))
+        self.register_buffer("offsets", torch.zeros(num_codes))
+        self.register_buffer("costs", torch.zeros(num_codes))
+        self.register_buffer("price", torch.zeros(()))
 
     @torch.no_grad()
     def _start(self, generator: torch.Generator | None) -> None:
@@ -201,17 +132,34 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def centre_embeddings(self, embeddings: Float[Tensor, "batch dim"]) -> None:
-        """Sets the predictor's centre to the mean of (a sample of) the training embeddings, once, before training."""
+        """Sets the predictor's centre to the mean of (a sample of) the training embeddings, once, before training.
+
+        Raises:
+            ValueError: there is none, or one is not finite: a NaN here would be every prompt's.
+        """
+        finite = torch.isfinite(embeddings).all(1)
+        if not len(embeddings) or not finite.all():
+            raise ValueError(
+                f"the centre needs finite embeddings, at least one; of {len(embeddings)} {int((~finite).sum())} are not"
+            )
         self.predictor.centre.copy_(embeddings.float().mean(0))
 
     def gates(
         self, logits: Float[Tensor, "batch gate"], noise: Float[Tensor, "batch gate"] | None = None
     ) -> Float[Tensor, "batch gate"]:
-        """Soft gates of logits, of the predictor or of the codes. `shift` moves the width and the depth thresholds."""
+        """Soft gates of prompts' own logits. `shift` moves the width and the depth thresholds."""
+        return self._gates(logits, self.shift[0].expand(len(logits)), noise)
+
+    def code_gates(
+        self, codes: Float[Tensor, "code gate"], noise: Float[Tensor, "code gate"] | None = None
+    ) -> Float[Tensor, "code gate"]:
+        """Soft gates of the K codes' logits: as `gates`, each code's width thresholds moved by its offset besides."""
+        return self._gates(codes, self.shift[0] + self.offsets, noise)
+
+    def _gates(self, logits: Tensor, width_shift: Float[Tensor, " row"], noise: Tensor | None) -> Tensor:
         width = self.space.width_entries
-        shift = torch.cat([self.shift[:1].expand(width), self.shift[1:].expand(len(self.space.depth))]).expand_as(
-            logits
-        )
+        depth_shift = self.shift[1].expand(len(logits), len(self.space.depth))
+        shift = torch.cat([width_shift[:, None].expand(-1, width), depth_shift], dim=1).float()
         noise = shift if noise is None else torch.add(noise, shift)
         return soft_gates(logits, noise, width, self.keep_order, self.config.relaxation)
 
@@ -239,19 +187,64 @@ class Router(nn.Module):
         """
         return self.predictor(embeddings), self.codes.clone()
 
-    def route_embeddings(self, embeddings: Float[Tensor, "batch dim"]) -> Routes:
-        """Routes of prompts given their embeddings: noise-free, each row for itself."""
-        return self.route_logits(*self(embeddings))
+    def route_embeddings(
+        self, embeddings: Float[Tensor, "batch dim"], *, price: float | Tensor | None = None
+    ) -> Routes:
+        """Routes of prompts given their embeddings: noise-free, each row for itself.
+
+        price: in place of the router's own, 0 for the best codes and infinity for the cheapest. It needs the need rule.
+
+        Raises:
+            ValueError: an embedding has another width, or is not finite.
+        """
+        if embeddings.shape[1] != self.config.embedding_dim:
+            raise ValueError(
+                f"embeddings are {embeddings.shape[1]}-d, this router was made for {self.config.embedding_dim}-d ones: "
+                "use the prompt encoder that it was trained with"
+            )
+        finite = torch.isfinite(embeddings).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"embedding {int(finite.int().argmin())} of {len(embeddings)} is not finite: the prompt encoder or its "
+                "weights are damaged"
+            )
+        logits, codes = self(embeddings)
+        losses = None if self.need is None else self.need(embeddings)
+        return self.route_logits(logits, codes, losses, price=price)
 
     @torch.no_grad()
-    def route_logits(self, logits: Float[Tensor, "batch gate"], codes: Float[Tensor, "code gate"]) -> Routes:
-        """Routes given what `forward` returns."""
-        phi = self.features(self.gates(torch.cat([logits, codes])))  # at once: for one prompt each call is its overhead
-        similarities = phi[: len(logits)] @ phi[len(logits) :].T + self.bias
-        if self.num_codes == 1:
-            return Routes(similarities.argmax(1), similarities, torch.zeros_like(similarities[:, 0]))
-        best = similarities.topk(2, dim=1).values
-        return Routes(similarities.argmax(1), similarities, best[:, 0] - best[:, 1])
+    def route_logits(
+        self,
+        logits: Float[Tensor, "batch gate"],
+        codes: Float[Tensor, "code gate"],
+        losses: Float[Tensor, "batch code"] | None,
+        *,
+        price: float | Tensor | None = None,
+    ) -> Routes:
+        """Routes given what `forward` and the need head return."""
+        phi_prompts, phi_codes = self.features(self.gates(logits)), self.features(self.code_gates(codes))
+        similarities = phi_prompts @ phi_codes.T
+        scores = self.scores(similarities, losses, price)
+        best = scores.topk(min(2, self.num_codes), dim=1).values
+        return Routes(scores.argmax(1), scores, best[:, 0] - best[:, -1], similarities, losses)
+
+    def scores(
+        self,
+        similarities: Float[Tensor, "batch code"],
+        losses: Float[Tensor, "batch code"] | None,
+        price: float | Tensor | None = None,
+    ) -> Float[Tensor, "batch code"]:
+        """What a prompt's code has most of, by the module's formula."""
+        if losses is None:
+            if price is not None:
+                raise ValueError("this router routes by similarity: it predicts no losses to weigh a price against")
+            return similarities + self.bias
+        price = self.price if price is None else torch.as_tensor(price).to(losses)
+        if not price >= 0:
+            raise ValueError(f"price must not be negative, it is {float(price)}")
+        if torch.isinf(price):  # the cheapest code, whatever is lost
+            return (-self.costs).expand_as(losses)
+        return self.config.similarity_weight * similarities - losses - price * self.costs + self.bias
 
     def familiarity(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, " batch"]:
         """Cosine of each embedding to the predictor's centre, the mean training embedding; 0 if none was set.
@@ -270,15 +263,24 @@ class Router(nn.Module):
     @torch.no_grad()
     def architecture_codes(self) -> list[ArchitectureCode]:
         """The K codes as bits, a function of the logits alone: what is cut, published and counted."""
-        bits = self.harden(self.gates(self.codes)).bool().cpu()
+        bits = self.harden(self.code_gates(self.codes)).bool().cpu()
         return [ArchitectureCode(self.space, row) for row in bits]
 
     @torch.no_grad()
     def keeping(self, codes: Sequence[int]) -> "Router":
-        """This router with only these of its codes, in this order: a prompt of another goes to the nearest of them."""
-        kept = Router(self.space, replace(self.config, num_codes=len(codes)), self.encoder)
-        rows = {"codes": self.codes[list(codes)], "bias": self.bias[list(codes)]}
-        kept.load_state_dict({**self.state_dict(), **rows})
+        """This router with only these of its codes, in this order: a prompt of another goes to its best of them.
+
+        Raises:
+            ValueError: no code, one that does not exist, or one twice.
+        """
+        wrong = [code for code in codes if not 0 <= code < self.num_codes]
+        if not codes or wrong or len(set(codes)) < len(codes):
+            raise ValueError(f"keep different codes, at least one, of 0..{self.num_codes - 1}; not {list(codes)}")
+        need = None if self.need is None else self.need.keeping(codes)
+        kept = Router(self.space, replace(self.config, num_codes=len(codes)), self.encoder, need=need)
+        rows = {name: getattr(self, name)[list(codes)] for name in ("codes", "bias", "offsets", "costs")}
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("need.")}
+        kept.load_state_dict({**kept.state_dict(), **own, **rows})
         return kept.to(self.bias.device).eval()
 
     def save(self, path: Path | str) -> None:
@@ -290,6 +292,8 @@ class Router(nn.Module):
         }
         save_file(weights, folder / _WEIGHTS)
         data: dict[str, Any] = {"schema": _SCHEMA, "config": asdict(self.config), "space": self.space.to_json()}
+        if self.need is not None:
+            data["num_anchors"] = len(self.need.anchors)
         if self.encoder is not None:
             self.encoder.save(folder / _ENCODER)
             data["max_tokens"] = self.encoder.max_tokens
@@ -297,19 +301,27 @@ class Router(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> "Router":
-        """The router of a folder, strictly: same schema, same tensors."""
+        """The router of a folder, strictly: same schema, same tensors. One without a need head routes by similarity."""
         folder = Path(path)
         if not (folder / _CONFIG).is_file():
             raise ValueError(f"{folder} holds no {_CONFIG}: a router is a folder that Router.save wrote")
         data = json.loads((folder / _CONFIG).read_text())
-        if data["schema"] != _SCHEMA:
-            raise ValueError(f"{folder / _CONFIG} has schema {data['schema']}, this version reads schema {_SCHEMA}")
+        if data["schema"] not in _READABLE:
+            raise ValueError(
+                f"{folder / _CONFIG} has schema {data['schema']}, this version reads schemas "
+                f"{', '.join(map(str, _READABLE))}"
+            )
         encoder = None
         if (folder / _ENCODER).is_dir():
             encoder = PromptEncoder.load(folder / _ENCODER, max_tokens=data["max_tokens"])
-        router = cls(PruningSpace.from_json(data["space"]), RouterConfig.from_json(data["config"]), encoder)
+        config, need = RouterConfig.from_json(data["config"]), None
+        if config.routing == "need":
+            need = NeedHead(config.num_codes, config.embedding_dim, config.need, num_anchors=data["num_anchors"])
+        router = cls(PruningSpace.from_json(data["space"]), config, encoder, need=need)
         weights = load_file(folder / _WEIGHTS)
         expected = {name for name in router.state_dict() if not name.startswith("encoder.")}
+        if data["schema"] == 1:
+            expected -= {"offsets", "costs", "price"}
         if set(weights) != expected:
             raise ValueError(f"{folder / _WEIGHTS} holds {sorted(weights)}, a router has {sorted(expected)}")
         router.load_state_dict(weights, strict=False)

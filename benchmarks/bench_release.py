@@ -21,7 +21,8 @@ from aptp.cost import cost_table
 from aptp.expert import BaseModel, save_expert
 from aptp.prompts import PromptEncoder
 from aptp.release import Release, ReleaseInfo, read_release, write_release
-from aptp.router import Router, RouterConfig
+from aptp.router import Router
+from aptp.routes import RouterConfig
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
 
@@ -93,7 +94,9 @@ def _small_encoder() -> PromptEncoder:
 def _router(space: Any, encoder: PromptEncoder) -> Router:
     """Random; its biases share PROMPTS out evenly, as training does with its prompts."""
     router = Router(
-        space, RouterConfig(len(RATIOS), encoder.dim, initial_logit=-3.0, initial_spread=2.0), encoder
+        space,
+        RouterConfig(len(RATIOS), encoder.dim, routing="similarity", initial_logit=-3.0, initial_spread=2.0),
+        encoder,
     ).eval()
     embeddings = encoder.encode(PROMPTS)
     router.centre_embeddings(embeddings)

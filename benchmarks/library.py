@@ -154,8 +154,11 @@ def slicing_and_loading(unet: nn.Module, space: PruningSpace, table: CostTable, 
 class RouterAlone(PruningStage):
     """A pruning step without its UNet: router, gates, transport, cost and their losses."""
 
-    def _denoise(self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone) -> dict[str, Tensor]:
-        return {"denoising": mask.square().mean()}
+    def _denoise(
+        self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        errors = mask.detach().mean(1)
+        return {"denoising": mask.square().mean()}, errors, errors, torch.full_like(errors, 0.5)
 
 
 def step_of(stage: PruningStage, batch: Batch) -> Callable[[], None]:

@@ -13,8 +13,8 @@ import aptp
 ROOT = Path(__file__).parent.parent
 LIBRARY = [
     "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "noise", "relax",
-    "transport", "router", "losses", "objectives", "pruning", "calibration", "baselines", "finetuning", "release",
-    "pipeline", "metrics", "analysis",
+    "transport", "need", "routes", "router", "losses", "objectives", "pruning", "calibration", "baselines",
+    "finetuning", "sharing", "release", "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "": ["storage", "unknown_keys", "config", "config_file", "models", "run", "data", "train", "experts", "serve"],
@@ -22,8 +22,8 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
     "data": ["sample", "formats", "captions", "encoded", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
-    "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "trainer"],
-    "experts": ["assign", "cut", "score", "report", "evaluate", "publish", "tune"],
+    "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "sharing", "trainer"],
+    "experts": ["assign", "cut", "refit", "score", "report", "evaluate", "publish", "tune"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aptp_platform.config import load_config
+from aptp_platform.config_file import load_config
 from aptp_platform.run.job import require_lasting
 from aptp_platform.serve.args import ServeArgs
 

@@ -45,6 +45,8 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Run
             "encode": {"batch_size": 16},
             "prune": {"run": TRAINING, "objective": {"warmup_steps": 1}},
             "samples": {"prompts": ["a cat", "a red car"], "inference_steps": 2},
+            "share": {"run": TRAINING},
+            "assign": {"if_fewer": "merge"},
             "finetune": {"run": TRAINING},
             "evaluate": {"images": 16, "generated": 4, "inference_steps": 2, "timesteps": [500], "batch_size": 8},
         }

@@ -77,7 +77,7 @@ class EngineConfig:
 class TrainingConfig:
     """How a training runs: its length, batches, learning rate, workers and checkpoints."""
 
-    steps: Count = 5000
+    steps: Annotated[int, Field(ge=0)] = 5000  # 0 leaves the shared training out; the others need steps
     batch_size: Count = 64  # of all workers together, so that their number changes nothing but the speed
     window_rows: Count = 8192  # that are shuffled together: the workers' reading tasks hold them in memory
     prefetch_bytes: Annotated[int, Field(ge=64_000_000)] = 256_000_000  # of rows in the object store
@@ -106,6 +106,14 @@ class PruneSection:
 
 
 @dataclass(frozen=True)
+class ShareSection:
+    """The training that all experts share before they part: how it runs, and what it minimises. No steps: it is off."""
+
+    run: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=0, learning_rate=1e-5))
+    objective: FinetuningConfig = field(default_factory=FinetuningConfig)
+
+
+@dataclass(frozen=True)
 class FinetuneSection:
     """Stage 2: how the training of each network runs, and what it minimises."""
 
@@ -131,12 +139,26 @@ class RelaxationSection:
 
 
 @dataclass(frozen=True)
+class NeedSection:
+    """Fields of `aptp.NeedConfig`."""
+
+    length: Positive = 0.7
+    shared: Annotated[float, Field(ge=0, le=1)] = 0.8
+    noise: Positive = 1.0
+    memory: Count = 1536
+    enough: Count = 256
+
+
+@dataclass(frozen=True)
 class RouterSection:
     """The compute budget, and the fields of `aptp.RouterConfig` but for the width of the prompt encoder."""
 
     num_codes: Count = 8
     budget: Annotated[float, Field(gt=0, le=1)] = 0.6  # mean MACs ratio over the prompts as routed, at served size
     relaxation: RelaxationSection = field(default_factory=RelaxationSection)
+    routing: Literal["need", "similarity"] = "need"
+    need: NeedSection = field(default_factory=NeedSection)
+    similarity_weight: Annotated[float, Field(ge=0)] = 0.0
     initial_logit: float = -2.0
     initial_spread: Positive = 0.2
     initial_depth: float = 2.0
@@ -175,6 +197,20 @@ class CutConfig:
     """From codes to experts."""
 
     baselines: tuple[str, ...] = ("uniform",)  # cut at the experts' budget and fine-tuned on all prompts beside them
+
+
+@dataclass(frozen=True)
+class RefitConfig:
+    """The router is fitted to the trained experts: what is measured on training prompts."""
+
+    prompts: Count = 2048  # at most; each under every expert
+    repeats: Count = 4  # noises and timesteps per prompt
+    balance: Amount = (
+        0.0  # what an unequal use of the experts costs, in mean predicted losses; raised until all are used
+    )
+    batch_size: Count = 32
+    cpus_per_task: Positive = 1.0
+    gpus_per_task: Amount = 0.0
 
 
 @dataclass(frozen=True)
@@ -217,8 +253,10 @@ class RunConfig:
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     prune: PruneSection = field(default_factory=PruneSection)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    share: ShareSection = field(default_factory=ShareSection)
     assign: AssignConfig = field(default_factory=AssignConfig)
     cut: CutConfig = field(default_factory=CutConfig)
     finetune: FinetuneSection = field(default_factory=FinetuneSection)
+    refit: RefitConfig = field(default_factory=RefitConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)

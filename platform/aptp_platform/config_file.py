@@ -143,6 +143,9 @@ def _check(config: RunConfig) -> None:
     endpoint = config.storage.endpoint
     if endpoint is not None and ("@" in endpoint or not endpoint.startswith(("http://", "https://"))):
         raise ConfigError("storage.endpoint: must be http://host:port or https://host, with no user or password in it")
+    for where, run in (("prune", config.prune.run), ("finetune", config.finetune.run)):
+        if run.steps < 1:
+            raise ConfigError(f"{where}.run.steps: {run.steps}: must be at least 1")
     for where, place in (("data.source", config.data.source), ("model.pipeline", config.model.pipeline)):
         if not place:
             raise ConfigError(f"{where}: '': must name a folder: a path, file:// or s3:// URI")

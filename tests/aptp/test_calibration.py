@@ -1,11 +1,16 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from aptp.calibration import calibrate_budget
+from aptp.calibration import calibrate_budget, set_price
 from aptp.codes import PruningSpace
 from aptp.cost import CostTable, cost_table
-from aptp.router import Router, RouterConfig, UnusedCodeError
+from aptp.need import NeedConfig, NeedHead, Observations
+from aptp.router import Router
+from aptp.routes import RouterConfig, UnusedCodeError
 from aptp.sites import read_space
 from tests.support import tiny
 
@@ -21,7 +26,7 @@ def table(space) -> CostTable:
 
 
 def a_router(space, **options) -> Router:
-    config = RouterConfig(**{"num_codes": 3, "embedding_dim": 16} | options)
+    config = replace(RouterConfig(3, 16, routing="similarity"), **options)
     return Router(space, config, generator=torch.Generator().manual_seed(0))
 
 
@@ -29,7 +34,7 @@ def embeddings(count: int) -> torch.Tensor:
     return torch.randn(count, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("balance", [0.0, math.inf])
 @pytest.mark.parametrize("budget", [0.45, 0.6, 0.85])
 def test_calibration_meets_the_budget_on_the_prompts_as_routed(space, table, budget, balance):
     z = embeddings(400)
@@ -70,6 +75,55 @@ def test_impossible_budgets_and_unused_codes_are_refused(space, table):
     z, router = embeddings(100), a_router(space)
     with pytest.raises(ValueError, match="budget must lie in"):
         calibrate_budget(router, z, table, table.minimum / 2)
-    router.bias[1] = 5.0
-    with pytest.raises(UnusedCodeError, match="code 0, 2 of 3"):
-        calibrate_budget(router, z, table, 0.7)
+    with pytest.raises(UnusedCodeError, match="of 3"):
+        calibrate_budget(router, z[:2], table, 0.7, tolerance=1.0)
+
+
+def a_router_by_need(space, table, z) -> Router:
+    """Codes of three sizes; a prompt's loss falls with cost fast or hardly, as its first coordinate tells."""
+    need = NeedHead(3, 16, NeedConfig(length=1.0, noise=0.01, enough=1))
+    router = a_router(space, routing="need")
+    router.need = need
+    router.offsets.copy_(torch.tensor([-1.0, 0.0, 1.0]))
+    router.costs.copy_(table.ratio(router.harden(router.code_gates(router.codes))))
+    steep = (z[:, :1] > 0).float() + 0.1
+    errors = torch.exp(-4 * steep * router.costs)
+    codes = torch.arange(3).repeat(len(z))
+    need.observe(Observations(z.repeat_interleave(3, 0), codes, torch.full((3 * len(z),), 0.5), errors.flatten()))
+    return router
+
+
+def test_a_price_meets_the_budget_and_no_other_use_of_the_codes_loses_less(space, table):
+    z = embeddings(300)
+    router = a_router_by_need(space, table, z)
+    cheapest, dearest = router.costs.min().item(), router.costs.max().item()
+    budget = (cheapest + dearest) / 2
+    usage = set_price(router, z, budget)
+    routes = router.route_embeddings(z)
+    assert float((usage * router.costs).sum()) == pytest.approx(budget, rel=0.01)
+    spent, lost = router.costs[routes.indices].sum(), routes.losses.gather(1, routes.indices[:, None]).sum()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        other = torch.where(
+            torch.rand(300, generator=generator) < 0.1, torch.randint(3, (300,), generator=generator), routes.indices
+        )
+        if router.costs[other].sum() <= spent:
+            assert routes.losses.gather(1, other[:, None]).sum() >= lost - 1e-4
+    with pytest.raises(ValueError, match="no price makes these 300 prompts"):
+        set_price(router, z, cheapest / 2)
+    with pytest.raises(ValueError, match="routes by similarity"):
+        set_price(a_router(space), z, budget)
+
+
+def test_the_price_is_a_dial_from_best_to_cheapest(space, table):
+    z = embeddings(100)
+    router = a_router_by_need(space, table, z)
+    costs = [
+        float(router.costs[router.route_embeddings(z, price=p).indices].mean()) for p in (0.0, 0.1, 1.0, 10.0, math.inf)
+    ]
+    assert costs == sorted(costs, reverse=True)
+    best = router.route_embeddings(z, price=0.0)
+    assert torch.equal(best.indices, best.losses.argmin(1))
+    assert costs[-1] == pytest.approx(router.costs.min().item())
+    with pytest.raises(ValueError, match="must not be negative"):
+        router.route_embeddings(z, price=-1.0)

@@ -34,9 +34,18 @@ def test_it_knows_what_is_alike(encoder):
     assert similar[2, 3] > similar[1, 3] + 0.2
 
 
-def test_long_prompts_are_cut_at_max_tokens():
+def test_nothing_of_a_long_prompt_is_ignored():
     encoder = PromptEncoder.load(get_model_path(), max_tokens=8)
-    assert torch.equal(encoder.encode(["red " * 50]), encoder.encode(["red " * 90]))
+    long = encoder.encode(["red " * 50 + "tractor", "red " * 50 + "banana"])
+    assert (long[0] - long[1]).norm() > 0.1
+    windows = encoder.encode(["red red red red red red", "green tractor"])  # of 8 and 4 tokens, special ones included
+    whole = encoder.encode(["red red red red red red green tractor"])
+    assert torch.allclose(whole[0], (8 * windows[0] + 4 * windows[1]) / 12, atol=1e-5)
+
+
+def test_an_encoder_in_half_precision_gives_single():
+    encoder = PromptEncoder.load(get_model_path()).to(torch.bfloat16)
+    assert encoder.encode(PROMPTS).dtype == torch.float32
 
 
 def test_it_survives_a_folder(encoder, tmp_path):

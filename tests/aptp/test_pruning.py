@@ -1,6 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from aptp.gates import gated
 from aptp.latents import Batch
 from aptp.losses import NoiseSchedule, output_loss
 from aptp.metrics import paired_denoising_loss
+from aptp.need import NeedConfig
 from aptp.noise import Noise, sample_noise
 from aptp.objectives import PruningConfig
 from aptp.pruning import PruningStage
-from aptp.router import Router, RouterConfig
+from aptp.router import Router
+from aptp.routes import RouterConfig
 from aptp.sites import read_space
 from tests.support import tiny
 
@@ -42,7 +45,7 @@ def table(unet, space) -> CostTable:
 
 
 def a_stage(unet, space, table, config: PruningConfig = STEADY, seed: int = 0, **router) -> PruningStage:
-    options = RouterConfig(**{"num_codes": 3, "embedding_dim": 16} | router)
+    options = replace(RouterConfig(3, 16), **router)
     made = Router(space, options, generator=torch.Generator().manual_seed(seed))
     return PruningStage(unet, space, table, made, SCHEDULER, config)
 
@@ -72,12 +75,12 @@ def train(stage: PruningStage, steps: range, optimizer, batch: Batch) -> list[fl
 def test_every_gate_of_a_used_code_gets_a_task_gradient_and_the_unet_none(unet, space, table):
     stage = a_stage(unet, space, table)
     mask = torch.full((4, len(space)), 0.8, requires_grad=True)
-    stage._denoise(a_batch(4), mask, Noise(0, 0, torch.arange(4)))["denoising"].backward()
+    stage._denoise(a_batch(4), mask, Noise(0, 0, torch.arange(4)))[0]["denoising"].backward()
     assert (mask.grad != 0).all()
 
     loss = run(stage, a_batch(16))
     (loss.terms["denoising"] + loss.terms["output"]).backward()
-    used = loss.metrics["transport_usage"] > 0
+    used = loss.metrics["trained"] > 0
     assert (stage.router.codes.grad[used] != 0).float().mean() > 0.9
     assert (stage.router.codes.grad[~used] == 0).all()
     assert stage.router.predictor.linear.weight.grad is None
@@ -90,7 +93,7 @@ def test_every_gate_of_a_used_code_gets_a_task_gradient_and_the_unet_none(unet, 
 
 
 def test_in_the_warm_up_the_task_reaches_the_predictor_and_not_the_codes(unet, space, table):
-    stage = a_stage(unet, space, table, PruningConfig(warmup_steps=5))
+    stage = a_stage(unet, space, table, PruningConfig(warmup_steps=5, warmup="prompts"))
     loss = run(stage, a_batch(), step=4)
     (loss.terms["denoising"] + loss.terms["resource"]).backward()
     assert stage.router.codes.grad is None
@@ -109,7 +112,8 @@ def test_the_pull_and_the_contrastive_term_reach_the_predictor_alone(unet, space
 
 
 def test_open_gates_make_the_student_the_teacher(unet, space, table):
-    stage = a_stage(unet, space, table, initial_logit=20.0, initial_depth=40.0)
+    config = PruningConfig(warmup_steps=0, size_span=0.0)
+    stage = a_stage(unet, space, table, config, initial_logit=20.0, initial_depth=40.0)
     loss = run(stage, a_batch())
     assert loss.terms["output"].item() < 1e-8
     assert loss.terms["feature"].item() < 1e-8
@@ -117,12 +121,11 @@ def test_open_gates_make_the_student_the_teacher(unet, space, table):
 
 
 @pytest.mark.parametrize("start", [-1.0, -4.5])
-def test_the_resource_term_moves_the_ratio_to_the_budget_from_both_sides(unet, space, table, start):
-    config = PruningConfig(
-        budget=0.6, warmup_steps=0, output_weight=0.0, feature_weight=0.0, spread_weight=0.0, largest_weight=0.0
-    )
+def test_the_log_resource_term_moves_the_ratio_to_the_budget_from_both_sides(unet, space, table, start):
+    config = PruningConfig(budget=0.6, warmup_steps=0, size_span=0.0, resource="log")
     stage = a_stage(unet, space, table, config, initial_logit=start)
-    stage._denoise = lambda batch, mask, noise, gather: {}  # the budget alone
+    nothing = torch.zeros(32)
+    stage._denoise = lambda batch, mask, noise, gather: ({}, nothing, nothing, nothing)  # the budget alone
     optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.1, weight_decay=0.0)
     ratios = train(stage, range(60), optimizer, a_batch(32))
     assert abs(ratios[0] - 0.6) > 0.1
@@ -185,7 +188,7 @@ def test_a_short_run_finds_better_codes_than_those_that_are_not_learned(space, t
         optimizer.zero_grad()
         run(stage, draw(8), step).total.backward()
         optimizer.step()
-    calibrate_budget(stage.router, held_out.embeddings, table, 0.6, tolerance=0.02, balance=True)
+    calibrate_budget(stage.router, held_out.embeddings, table, 0.6, tolerance=0.02, allow_unused=True)
     codes = torch.stack([code.mask for code in stage.router.architecture_codes()])
     learned = loss_of(codes[stage.router.route_embeddings(held_out.embeddings).indices])
     whole = loss_of(torch.ones(1, len(space)))
@@ -200,6 +203,56 @@ def test_a_short_run_finds_better_codes_than_those_that_are_not_learned(space, t
 def test_a_step_is_a_function_of_its_number_and_its_rows(unet, space, table):
     first, again = (run(a_stage(unet, space, table), a_batch(), step=3).scalars() for _ in range(2))
     assert first == again
+
+
+KINDS = 6
+
+
+def planted(space, table, unet, seed: int, *, against_similarity: bool) -> dict[str, torch.Tensor]:
+    """Stage 1 where the odd ones of six kinds of prompts need nothing: their student is the teacher whatever the code.
+
+    against_similarity: each kind that needs nothing looks like one that needs all, and unlike the others of its sort.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(KINDS, 16, generator=generator)
+    if against_similarity:
+        centres = centres[::2].repeat_interleave(2, 0) + 0.35 * torch.randn(KINDS, 16, generator=generator)
+    patterns, texts = torch.randn(KINDS, 4, 8, 8, generator=generator), torch.randn(KINDS, 5, 24, generator=generator)
+
+    def draw(count: int) -> Batch:
+        kind = torch.arange(count) % KINDS
+        seen = 0.05 * torch.randn(count, 16, generator=generator)
+        ids = torch.randint(2**40, (count,), generator=generator) * KINDS + kind
+        return Batch(patterns[kind], texts[kind], centres[kind] + seen, ids)
+
+    config = PruningConfig(budget=0.6, warmup_steps=20, exploration=0.2, size_span=0.3, feature_weight=0.0)
+    need = NeedConfig(length=0.5, noise=0.3, memory=360, enough=96)
+    stage = a_stage(unet, space, table, config, seed, num_codes=2, need=need)
+    denoise = stage._denoise
+
+    def partly(batch, mask, noise, gather):
+        return denoise(batch, torch.where((batch.rows % KINDS % 2 == 1)[:, None], 1.0, mask), noise, gather)
+
+    stage._denoise = partly  # type: ignore[method-assign, assignment]
+    optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.03, weight_decay=0.0)
+    for step in range(80):
+        optimizer.zero_grad()
+        run(stage, draw(12), step).total.backward()
+        optimizer.step()
+    fresh = draw(240)
+    found = calibrate_budget(stage.router, fresh.embeddings, table, 0.6, allow_unused=True)
+    assert found.ratio == pytest.approx(0.6, rel=0.01)
+    costs = stage.router.costs[stage.router.route_embeddings(fresh.embeddings).indices]
+    return {"costs": stage.router.costs, "by kind": torch.stack([costs[kind::KINDS].mean() for kind in range(KINDS)])}
+
+
+@pytest.mark.parametrize("against_similarity", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_capacity_goes_to_the_prompts_that_need_it(unet, space, table, seed, against_similarity):
+    found = planted(space, table, unet, seed, against_similarity=against_similarity)
+    needy, needless = found["by kind"][::2], found["by kind"][1::2]
+    assert (needless < found["costs"].min() + 0.02).all(), found
+    assert needy.mean() > 0.62, found
 
 
 def test_four_steps_are_two_and_a_resumption_and_two(unet, space, table):

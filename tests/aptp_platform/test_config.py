@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aptp.relax import Relaxation
-from aptp.router import RouterConfig
+from aptp.routes import RouterConfig
 from aptp.sites import Granule, any_order, read_space
 from aptp_platform.config import ConfigError, GranuleSection, RelaxationSection, RouterSection, RunConfig, SpaceSection
 from aptp_platform.config_file import dump_config, load_config, parse_config, to_tree

@@ -12,7 +12,8 @@ from aptp.cost import cost_table
 from aptp.expert import BaseModel, save_expert
 from aptp.prompts import PromptEncoder
 from aptp.release import Release, ReleaseInfo, write_release
-from aptp.router import Router, RouterConfig
+from aptp.router import Router
+from aptp.routes import RouterConfig
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
 from tests.support.tiny_pipeline import NUM_TOKENS, build_pipeline
@@ -29,7 +30,7 @@ def build_router(unet: nn.Module, num_codes: int, seed: int = 0) -> Router:
         shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
         bert = BertModel(BertConfig(vocab_size=len(tokenizer), **shape))
     encoder = PromptEncoder(tokenizer, bert.eval(), max_tokens=32)
-    config = RouterConfig(num_codes, encoder.dim, initial_logit=-3.0, initial_spread=2.0)
+    config = RouterConfig(num_codes, encoder.dim, routing="similarity", initial_logit=-3.0, initial_spread=2.0)
     router = Router(read_space(unet), config, encoder, generator=torch.Generator().manual_seed(seed)).eval()
     embeddings = encoder.encode(ANCHORS)
     router.centre_embeddings(embeddings)

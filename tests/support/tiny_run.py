@@ -40,6 +40,7 @@ def tiny_run(folder: Path, *, num_codes: int = 2, budget: float = 0.7, steps: in
             "model": {"pipeline": str(folder / "model")},
             "router": {"num_codes": num_codes, "budget": budget},
             "prune": {"run": training, "objective": {"warmup_steps": 1}},
+            "assign": {"if_fewer": "merge"},
             "finetune": {"run": training},
             "evaluate": {"timesteps": [500], "batch_size": 8},
             "tune": {"num_codes": [1, 2], "budgets": [0.8], "trials": 2},

@@ -21,7 +21,7 @@ from aptp.router import Router
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.data.encode import translated_errors
 from aptp_platform.data.encoded import READER_CPUS, write_table
-from aptp_platform.run.layout import ASSIGNED, PRUNED, ROUTER, TRAIN_ROWS
+from aptp_platform.run.layout import ASSIGNED, ROUTER, SHARED, TRAIN_ROWS
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
@@ -49,7 +49,7 @@ def assign(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
     names = encoded.require("*.parquet", "root, or run the encode job first")
     root.remove(ASSIGNED)
     with tempfile.TemporaryDirectory() as scratch:
-        router = Router.load(root.join(PRUNED).fetch(ROUTER, scratch))
+        router = Router.load(root.join(SHARED).fetch(ROUTER, scratch))
     _publish(router, target)
     (usage, familiarity), least = _route_all(config, encoded, target, names), config.assign.min_prompts
     kept = list(range(router.num_codes))

@@ -6,6 +6,8 @@ from typing import Any, Final
 
 import ray
 import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
 
 from aptp.baselines import block_removal_code, magnitude_code, random_code, uniform_code
 from aptp.codes import ArchitectureCode, PruningSpace
@@ -15,7 +17,7 @@ from aptp.slicing import slice_unet
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import CUT, TRAIN_ROWS, assigned_router, network_of
+from aptp_platform.run.layout import CUT, SHARED, TRAIN_ROWS, UNET, assigned_router, network_of
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
@@ -62,11 +64,20 @@ def _cut_one(
     if code is None:
         code = _baseline(config, name, parts.unet, table)
     with tempfile.TemporaryDirectory() as scratch:
-        small = slice_unet(parts.unet, code)
+        small = slice_unet(_trained(root, parts.unet, shared=name not in config.cut.baselines), code)
         base = BaseModel.of(parts.unet, config.model.pipeline)
         save_expert(Path(scratch) / name, small, code, base=base, cost=table)
         root.join(CUT).publish(Path(scratch) / name, name, last=("code.json",))
     return float(table.ratio(code.mask[None])[0])
+
+
+def _trained(root: Store, unet: nn.Module, *, shared: bool) -> nn.Module:
+    """The weights that a network is cut from: those that the codes were trained with together, if they were."""
+    if shared and root.join(SHARED).exists(f"{UNET}/config.json"):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = root.join(SHARED).fetch(UNET, scratch)
+            return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    return unet
 
 
 def _baseline(config: RunConfig, name: str, unet: Any, table: Any) -> ArchitectureCode:

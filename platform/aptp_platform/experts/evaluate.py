@@ -27,7 +27,7 @@ from aptp_platform.data.captions import decode_rows, read_captioned, source_file
 from aptp_platform.experts.report import write_report
 from aptp_platform.experts.score import HeldOut, batches_of, check_scoring, read_held_out, row_generator, row_losses
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import FINETUNED, HELD_OUT_ROWS, assigned_router, network_of
+from aptp_platform.run.layout import FINETUNED, HELD_OUT_ROWS, network_of, refitted_router
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
@@ -62,7 +62,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     check_scoring(config.evaluate)
     root = Store.open(config.root, config.storage)
     held = read_held_out(config, root.join(HELD_OUT_ROWS), config.evaluate.images)
-    router = assigned_router(root)
+    router = refitted_router(root)
     codes = router.route_embeddings(held.embeddings).indices.tolist()
     shares = list(_arm_shares(config, root, codes, router.num_codes))
     scored = _score_all(config, held, shares)

@@ -14,7 +14,7 @@ from aptp.release import ReleaseInfo, write_release
 from aptp_platform.config import RunConfig
 from aptp_platform.config_file import to_tree
 from aptp_platform.models import fetch_model, load_pipeline_parts
-from aptp_platform.run.layout import EVALUATED, FINETUNED, RELEASE, assigned_router, network_of
+from aptp_platform.run.layout import EVALUATED, FINETUNED, RELEASE, network_of, refitted_router
 from aptp_platform.run.path import fingerprint, require_stage
 from aptp_platform.storage.store import Store
 
@@ -22,9 +22,9 @@ from aptp_platform.storage.store import Store
 def publish(config: RunConfig) -> dict[str, Any]:
     """Publish `release/`, the teacher's UNet included so that a server can show both; release.json appears last."""
     root = Store.open(config.root, config.storage)
-    assigned = require_stage("assign", config)
+    assigned, refitted = require_stage("assign", config), require_stage("refit", config)
     with tempfile.TemporaryDirectory() as scratch:
-        router = assigned_router(root)
+        router = refitted_router(root)
         router.encoder = PromptEncoder.load(fetch_model(config.model.prompt_encoder, config.storage))
         experts = [root.join(FINETUNED).fetch(network_of(code), scratch) for code in range(router.num_codes)]
         _write_pipeline(config, Path(scratch) / "pipeline")
@@ -33,7 +33,7 @@ def publish(config: RunConfig) -> dict[str, Any]:
             pipeline=Path(scratch) / "pipeline",
             router=router,
             experts=experts,
-            shares=assigned["shares"],
+            shares=refitted["usage"] if "usage" in refitted else assigned["shares"],
             info=_info(config, experts[0], assigned["familiar"]),
             report=root.fetch(EVALUATED, scratch),
             with_teacher=True,

@@ -25,7 +25,7 @@ from aptp_platform.experts.score import check_scoring, read_held_out, row_losses
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.run.layout import CUT, HELD_OUT_ROWS, TRAIN_ROWS, TRIALS, assigned_router, network_of
 from aptp_platform.storage.store import Store
-from aptp_platform.train.trainer import check_group, prune
+from aptp_platform.train.trainer import check_group, prune, share
 
 SCORED_ROWS = 128
 # A trial only waits for its worker group; what it holds itself, the group could not have (and 0 is refused).
@@ -103,6 +103,7 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         return {"trial": before["trial"]}
     encoded = shared.join(TRAIN_ROWS)
     prune(own, encoded)
+    share(own, encoded)
     shares = assign(own, encoded)["shares"]
     ratios = cut(own, encoded)["MACs ratios"]
     score = _score.options(num_gpus=own.evaluate.gpus_per_network)

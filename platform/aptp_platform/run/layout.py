@@ -2,9 +2,11 @@
 
 encoded/{train,heldout}/   Parquet files of latents, captions and sentence embeddings
 pruned/router/             router and codes as they were learned; checkpoints/ and tensorboard/ beside it
+shared/                    router/ and, if the codes were trained together, unet/; beside them as in pruned/
 assigned/                  the router that is used from here on, and a file of codes for each encoded file
 cut/00/ ... cut/uniform/   one network per code and per baseline
 finetuned/00/ ...          the same networks after training; checkpoints/ and tensorboard/ beside them
+refitted/router/           the router, fitted to the experts as they are after training
 evaluated/                 metrics, figures, report
 release/                   what a server reads
 tune/                      one folder per trial of a sweep, each laid out as a root
@@ -25,15 +27,18 @@ ENCODED: Final = "encoded"
 TRAIN_ROWS: Final = "encoded/train"
 HELD_OUT_ROWS: Final = "encoded/heldout"
 PRUNED: Final = "pruned"
+SHARED: Final = "shared"
 ASSIGNED: Final = "assigned"
 CUT: Final = "cut"
 FINETUNED: Final = "finetuned"
+REFITTED: Final = "refitted"
 EVALUATED: Final = "evaluated"
 RELEASE: Final = "release"
 TRIALS: Final = "tune"
 RECORDS: Final = "stages"
-ROUTER: Final = "router"  # in the folders of pruned and assigned
-CHECKPOINTS: Final = "checkpoints"  # in the folders of the two trainings, as is TENSORBOARD
+ROUTER: Final = "router"  # in the folders of pruned, shared, assigned and refitted
+UNET: Final = "unet"  # in the folder of shared
+CHECKPOINTS: Final = "checkpoints"  # in the folders of the three trainings, as is TENSORBOARD
 TENSORBOARD: Final = "tensorboard"
 
 
@@ -43,8 +48,17 @@ def network_of(code: int) -> str:
 
 
 def assigned_router(root: Store) -> Router:
-    """The router whose codes are cut, fine-tuned and served."""
+    """The router that says which codes are cut, and which prompts their experts are trained on."""
+    return _router(root.join(ASSIGNED))
+
+
+def refitted_router(root: Store) -> Router:
+    """The router of the trained experts: what is evaluated and served."""
+    return _router(root.join(REFITTED))
+
+
+def _router(folder: Store) -> Router:
     from aptp.router import Router  # torch, which the drivers that only start jobs do without
 
     with tempfile.TemporaryDirectory() as scratch:
-        return Router.load(root.join(ASSIGNED).fetch(ROUTER, scratch))
+        return Router.load(folder.fetch(ROUTER, scratch))

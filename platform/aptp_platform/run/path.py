@@ -57,20 +57,29 @@ STAGES = {
             ("encode",),
             "train.trainer:prune",
         ),
-        Stage("assign", "assign_prompts", layout.ASSIGNED, ("assign",), ("encode", "prune"), "experts.assign:assign"),
+        Stage("share", "share_training", layout.SHARED, ("share",), ("encode", "prune"), "train.trainer:share"),
+        Stage("assign", "assign_prompts", layout.ASSIGNED, ("assign",), ("encode", "share"), "experts.assign:assign"),
         Stage("cut", "cut_experts", layout.CUT, ("cut",), ("assign",), "experts.cut:cut"),
         Stage(
             "finetune", "finetune_experts", layout.FINETUNED, ("finetune",), ("encode", "cut"), "train.trainer:finetune"
+        ),
+        Stage(
+            "refit",
+            "refit_router",
+            layout.REFITTED,
+            ("refit",),
+            ("encode", "assign", "finetune"),
+            "experts.refit:refit",
         ),
         Stage(
             "evaluate",
             "evaluate_experts",
             layout.EVALUATED,
             ("evaluate",),
-            ("encode", "finetune"),
+            ("encode", "refit"),
             "experts.evaluate:evaluate",
         ),
-        Stage("publish", "publish_release", layout.RELEASE, (), ("finetune", "evaluate"), "experts.publish:publish"),
+        Stage("publish", "publish_release", layout.RELEASE, (), ("refit", "evaluate"), "experts.publish:publish"),
     )
 }
 

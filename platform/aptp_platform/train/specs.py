@@ -20,7 +20,8 @@ from aptp.latents import Batch, encode_texts
 from aptp.losses import LossTerms
 from aptp.prompts import PromptEncoder
 from aptp.pruning import PruningStage
-from aptp.router import Router, RouterConfig
+from aptp.router import Router
+from aptp.routes import RouterConfig
 from aptp_platform.config import RouterSection, RunConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, to_tree
 from aptp_platform.data.encoded import latent_size
@@ -60,8 +61,8 @@ class PruneSpec:
         return dump_config(self.config)
 
     def depends_on(self) -> Mapping[str, Any]:
-        sections = {"prune": {"objective": to_tree(self.config.prune.objective), "run": _result_of(self.training)}}
-        return {**_common(self.config), **sections}
+        sections = {"prune": {"objective": to_tree(self.config.prune.objective), "run": result_of(self.training)}}
+        return {**common_of(self.config), **sections}
 
     def build(self, device: torch.device) -> Work:
         config, parts = self.config, load_pipeline_parts(self.config.model, self.config.storage)
@@ -73,11 +74,9 @@ class PruneSpec:
             latent_size=latent_size(self.stream.encoded),
             num_text_tokens=parts.tokenizer.model_max_length,
         )
-        router = Router(
-            space,
-            router_config(config.router, embeddings.shape[1]),
-            generator=torch.Generator().manual_seed(config.seed),
-        )
+        shape = router_config(config.router, embeddings.shape[1])
+        generator = torch.Generator().manual_seed(config.seed)
+        router = Router(space, shape, generator=generator)
         router.centre_embeddings(embeddings)
         objective = replace(config.prune.objective, budget=config.router.budget)
         module = PruningStage(parts.unet, space, table, router, parts.scheduler, objective)
@@ -86,7 +85,7 @@ class PruneSpec:
             parts.unet.enable_gradient_checkpointing()
         return Work(
             module,
-            partial(_batches, self.stream, parts, self.training, device),
+            partial(batches_of, self.stream, parts, self.training, device),
             self._facts,
             partial(self._finish, module, table, embeddings),
             self._pictures(module, parts),
@@ -107,10 +106,10 @@ class PruneSpec:
         @torch.no_grad()
         def pictures() -> dict[str, np.ndarray]:
             taught, router = teacher(), module.router
-            logits, codes = router(prompts.to(router.bias.device))
-            routes = router.route_logits(logits, codes).indices
+            routes = router.route_embeddings(prompts.to(router.bias.device)).indices
+            masks = torch.stack([code.mask for code in router.architecture_codes()]).to(router.bias.device)
             with gated(module.unet, module.space) as gates:
-                gates.set(router.harden(router.gates(codes))[routes])
+                gates.set(masks[routes])
                 drawn = draw(module.unet, parts, config.samples, config.data.image_size)
             return {"samples": np.stack([taught, drawn])}
 
@@ -130,10 +129,12 @@ class PruneSpec:
         """Meet the budget on prompts as they will be routed, publish. Whether each code has enough, assign decides."""
         learned = {**module.learned_state(), **values}
         router = Router(module.space, module.router.config)
+        if router.need is not None:
+            router.need.reserve(router.config.need.memory)
         state = {name.removeprefix("router."): value for name, value in learned.items() if name.startswith("router.")}
         router.load_state_dict({name: value.cpu() for name, value in state.items()})
-        budget = self.config.router.budget
-        found = calibrate_budget(router.eval(), embeddings, table, budget, balance=True, allow_unused=True)
+        budget, objective = self.config.router.budget, self.config.prune.objective
+        found = calibrate_budget(router.eval(), embeddings, table, budget, balance=objective.balance, allow_unused=True)
         with tempfile.TemporaryDirectory() as scratch:
             router.save(Path(scratch) / ROUTER)
             pruned = Store.open(self.config.root, self.config.storage).join(PRUNED)
@@ -180,9 +181,9 @@ class FinetuneSpec:
     def depends_on(self) -> Mapping[str, Any]:
         sections = {
             "prune": {"objective": to_tree(self.config.prune.objective)},
-            "finetune": {"objective": to_tree(self.config.finetune.objective), "run": _result_of(self.training)},
+            "finetune": {"objective": to_tree(self.config.finetune.objective), "run": result_of(self.training)},
         }
-        return {**_common(self.config), **sections}
+        return {**common_of(self.config), **sections}
 
     def build(self, device: torch.device) -> Work:
         parts = load_pipeline_parts(self.config.model, self.config.storage)
@@ -209,7 +210,7 @@ class FinetuneSpec:
             expert.enable_gradient_checkpointing()
         return Work(
             module,
-            partial(_batches, self.stream, parts, self.training, device),
+            partial(batches_of, self.stream, parts, self.training, device),
             lambda terms: {"denoising": float(terms.terms["denoising"].detach())},
             partial(self._finish, table),
             self._pictures(module, parts),
@@ -241,7 +242,7 @@ class FinetuneSpec:
         return Store.open(self.config.root, self.config.storage).join(CUT).fetch(self.network, scratch)
 
 
-def _batches(
+def batches_of(
     stream: Stream,
     parts: PipelineParts,
     training: TrainingConfig,
@@ -269,11 +270,11 @@ def router_config(section: RouterSection, embedding_dim: int) -> RouterConfig:
     return RouterConfig.from_json({**tree, "embedding_dim": embedding_dim})
 
 
-def _common(config: RunConfig) -> dict[str, Any]:
+def common_of(config: RunConfig) -> dict[str, Any]:
     return {"seed": config.seed, **{name: to_tree(getattr(config, name)) for name in ("model", "router", "space")}}
 
 
-def _result_of(training: TrainingConfig) -> dict[str, Any]:
+def result_of(training: TrainingConfig) -> dict[str, Any]:
     """The fields of a training that change its result: not how long, by how many workers, how often it is saved."""
     tree = to_tree(training)
     for name in (

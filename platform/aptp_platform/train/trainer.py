@@ -4,6 +4,7 @@ A worker group is one `TorchTrainer`. Running it again under the same folder and
 whatever ended it; one that had finished is not run again.
 """
 
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,7 +31,9 @@ from aptp_platform.run.layout import (
     FINETUNED,
     PRUNED,
     ROUTER,
+    SHARED,
     TRAIN_ROWS,
+    UNET,
     assigned_router,
     network_of,
 )
@@ -40,6 +43,7 @@ from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import differences
 from aptp_platform.train.engine import check_engine
 from aptp_platform.train.loop import SCORE, Summary, TrainingSpec, train
+from aptp_platform.train.sharing import ShareSpec
 from aptp_platform.train.source import Source
 from aptp_platform.train.specs import FinetuneSpec, PruneSpec
 from aptp_platform.train.stream import READER_CPUS, READERS, Stream, files_by_code, files_of
@@ -57,6 +61,25 @@ def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
     stream = _stream(config, encoded, config.prune.run)
     check_shape(config, stream)
     return fit(PruneSpec(config, stream), root.join(PRUNED, CHECKPOINTS), ROUTER)
+
+
+def share(config: RunConfig, encoded: Store | None = None) -> Summary:
+    """Train the network's weights under the gates of all codes; publishes `shared/`.
+
+    Without steps there is no such training: the router is handed on as it is.
+
+    Args:
+        encoded: the folder of encoded training rows, unless it is this run's own.
+    """
+    root = Store.open(config.root, config.storage)
+    if not config.share.run.steps:
+        with tempfile.TemporaryDirectory() as scratch:
+            router = root.join(PRUNED).fetch(ROUTER, scratch)
+            root.join(SHARED).publish(router, ROUTER, last=("router.json",))
+        return {"steps": 0}
+    check_group(config.share.run, "share.run", config.encode)
+    stream = _stream(config, encoded or root.join(TRAIN_ROWS), config.share.run)
+    return fit(ShareSpec(config, stream), root.join(SHARED, CHECKPOINTS), UNET)
 
 
 def finetune(config: RunConfig) -> Summary:

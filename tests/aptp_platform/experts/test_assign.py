@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from aptp.router import Router, RouterConfig
+from aptp.router import Router
+from aptp.routes import RouterConfig
 from aptp.sites import read_space
 from aptp_platform.config import AssignConfig, ConfigError, RunConfig
 from aptp_platform.data.encoded import encoded_table, read_encoded, write_table
@@ -38,12 +39,13 @@ def config(tmp_path, local_ray) -> RunConfig:
             ["{}"] * 3,
         )
         write_table(root, f"encoded/train/part-{part:06d}-000000000.parquet", table)
-    router = Router(read_space(tiny.unet()), RouterConfig(2, DIM), generator=torch.Generator().manual_seed(0))
+    shape, generator = RouterConfig(2, DIM, routing="similarity"), torch.Generator().manual_seed(0)
+    router = Router(read_space(tiny.unet()), shape, generator=generator)
     router.centre_embeddings(torch.ones(1, DIM))
     ends = torch.from_numpy(np.stack([embeddings[0][0], embeddings[-1][-1]])).float()
     with torch.no_grad():
         router.codes.copy_(router.predictor(ends))
-    router.save(tmp_path / "pruned" / "router")
+    router.save(tmp_path / "shared" / "router")
     return replace(RunConfig(), root=str(tmp_path))
 
 
@@ -54,7 +56,7 @@ def encoded(config: RunConfig) -> Store:
 def test_each_caption_has_the_code_that_the_router_gives_it_alone(config):
     summary = assign(config)
     root = Path(config.root)
-    router = Router.load(root / "pruned" / "router")
+    router = Router.load(root / "shared" / "router")
     files = sorted(path.name for path in (root / "encoded" / "train").iterdir())
     assert sorted(path.name for path in (root / "assigned").glob("*.parquet")) == files
     usage, familiarity = torch.zeros(2), []
@@ -74,11 +76,16 @@ def test_each_caption_has_the_code_that_the_router_gives_it_alone(config):
 
 
 def test_a_code_with_too_few_prompts_is_merged_into_those_nearest_to_each(config, capsys):
-    folder = Path(config.root) / "pruned" / "router"
+    folder = Path(config.root) / "shared" / "router"
     two = Router.load(folder)
-    with torch.no_grad():
-        three = two.keeping([1, 0, 0])  # the last is the middle one's twin, only a little less near
-        three.bias.copy_(torch.tensor([0.0, 0.0, -1e-6]))
+    three = Router(two.space, replace(two.config, num_codes=3))
+    twin = {
+        name: value[[1, 0, 0]]
+        for name, value in two.state_dict().items()
+        if value.shape[:1] == (2,) and name != "shift"
+    }
+    three.load_state_dict({**two.state_dict(), **twin})
+    three.bias.copy_(torch.tensor([0.0, 0.0, -1e-6]))  # the last is the middle one's twin, only a little less near
     three.save(folder)
     with pytest.raises(ConfigError, match=r"assign.min_prompts: 1: code 2 has 0 of 13 prompts: lower it, set"):
         assign(config)

@@ -8,7 +8,8 @@ import torch
 
 from aptp.expert import load_expert, read_expert_info
 from aptp.gates import gated
-from aptp.router import Router, RouterConfig
+from aptp.router import Router
+from aptp.routes import RouterConfig
 from aptp.sites import read_space
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.experts.cut import cut
@@ -20,7 +21,7 @@ from tests.support.tiny_run import DIM, tiny_run
 def config(tmp_path: Path) -> RunConfig:
     """A run with a router whose codes lie around the threshold."""
     config = tiny_run(tmp_path)
-    shape = RouterConfig(2, DIM, initial_logit=-3.0)
+    shape = RouterConfig(2, DIM, routing="similarity", initial_logit=-3.0)
     Router(read_space(tiny.unet()), shape, generator=torch.Generator().manual_seed(1)).save(
         Path(config.root) / "assigned" / "router"
     )

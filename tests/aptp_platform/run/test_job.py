@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from aptp_platform.config import ConfigError, load_config, places
+from aptp_platform.config import ConfigError
+from aptp_platform.config_file import load_config, places
 from aptp_platform.run.job import require_lasting
 
 ROOT = Path(__file__).parents[3]

@@ -24,7 +24,7 @@ def score_prompts(router: Router, prompts: Sequence[str], familiar: float | None
     """Encode and route prompts; familiar: as in `Catalog`."""
     assert router.encoder is not None  # a release without one is not published
     embeddings = router.encoder.encode(prompts).to(router.bias.device)
-    similarities = router.route_embeddings(embeddings).similarities.tolist()
+    similarities = router.route_embeddings(embeddings).scores.tolist()
     familiarity = router.familiarity(embeddings).tolist()
     return [
         PromptScores(tuple(row), known, None if familiar is None else known < familiar)

@@ -18,7 +18,7 @@ def code_map(router: Router, prompts: Sequence[str]) -> CodeMap:
     Features have unit length, so distances are dot products: with G those of the codes, J the centring and
     J G J = V L V', codes lie at V sqrt(L) and a prompt at inv(sqrt(L)) V' J (s - mean G), in the two largest of L.
     """
-    features = router.features(router.gates(router.codes))
+    features = router.features(router.code_gates(router.codes))
     gram = (features @ features.T).double().cpu()
     count = len(gram)
     centring = torch.eye(count, dtype=gram.dtype) - 1 / count

@@ -13,8 +13,8 @@ from aptp.sites import read_space
 from aptp.slicing import slice_unet
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.storage.store import Store
-from aptp_platform.train.stages import FinetuneStage
-from aptp_platform.train.stream import Stream, parts_of
+from aptp_platform.train.specs import FinetuneSpec
+from aptp_platform.train.stream import Stream, files_of
 from tests.support.one_device import OnMeta
 from tests.support.tiny_run import tiny_run
 
@@ -30,7 +30,7 @@ def test_batches_and_steps_are_on_the_worker_s_device(tmp_path: Path) -> None:
     save_expert(expert, slice_unet(unet, code), code, base=BaseModel.of(unet, "here"), cost=table)
 
     encoded = Store.open(config.root).join("encoded", "train")
-    work = FinetuneStage(config, Stream(encoded, parts_of(encoded), 0), "00").build(torch.device("meta"))
+    work = FinetuneSpec(config, Stream(encoded, files_of(encoded), 0), "00").build(torch.device("meta"))
     module = work.module.to("meta")  # as the engine moves it
     batch = next(work.batches(0, 0, 1))
     with OnMeta():

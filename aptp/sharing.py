@@ -1,0 +1,117 @@
+"""Between the stages: one set of weights is fine-tuned under the gates of all codes, before each code is cut out.
+
+    k(b) = the code that the router gives prompt b;  student = the network's own copy under the gates of A_k(b)
+    L = the objective of stage 2, for every row under its code
+
+Experts that are fine-tuned apart share nothing of what they learn, and K of them lose to one network that was trained
+as long as they together. Here every step trains the units that codes have in common, as weight-sharing supernets do
+(Cai et al. 2020, "Once-for-All"). Routes follow: the errors that are measured on the way keep the router's need head
+and price up to date, since what a code costs a prompt falls by an order of magnitude while its weights adapt.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from aptp.calibration import set_price
+from aptp.codes import PruningSpace
+from aptp.finetuning import FinetuningStage
+from aptp.gates import gated
+from aptp.latents import Batch
+from aptp.losses import Gather, LossTerms, alone
+from aptp.need import NeedMemory, Observations
+from aptp.noise import Noise
+from aptp.objectives import FinetuningConfig
+from aptp.router import Router
+from aptp.routes import code_usage
+
+
+class SharingStage(nn.Module):
+    """One step of the shared training: `stage(batch, noise=Noise(seed, step, batch.rows))` gives the loss's terms.
+
+    Every weight of `student`, a copy of the full UNet, is trainable; `teacher` is frozen. `learned_state` is the
+    student, the router and what the router was fitted to.
+
+    Attributes:
+        exploration: the share of prompts under a code drawn at random: without it codes would be known only where they
+            are used already. refit_every: steps between two fits of the need head and the price.
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        space: PruningSpace,
+        router: Router,
+        scheduler: Any,
+        config: FinetuningConfig,
+        budget: float,
+        *,
+        null_states: Float[Tensor, "token text"] | None = None,
+        exploration: float = 0.15,
+        refit_every: int = 20,
+    ) -> None:
+        super().__init__()
+        self.distillation = FinetuningStage(student, teacher, scheduler, config, null_states=null_states)
+        self.space, self.router, self.budget = space, router.requires_grad_(False), budget
+        self.exploration, self.refit_every = exploration, refit_every
+        masks = torch.stack([code.mask for code in router.architecture_codes()])
+        self.register_buffer("codes", masks, persistent=False)
+        self.memory = None
+        if router.need is not None:
+            router.need.reserve(router.config.need.memory)
+            self.memory = NeedMemory(router.config.embedding_dim, router.config.need.memory)
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """The student's weights, the router's tensors and the observations: all that a checkpoint needs."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("distillation.teacher.")}
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        missing = set(self.learned_state()) ^ set(state)
+        if missing:
+            raise ValueError(f"a sharing stage's learned state differs in {sorted(missing)[:5]}")
+        self.load_state_dict(state, strict=False)
+
+    def forward(self, batch: Batch, *, noise: Noise, gather: Gather = alone) -> LossTerms:
+        """The terms of one batch, each row under its code."""
+        assigned = self._assign(batch, noise)
+        with gated(self.distillation.expert, self.space) as gates:
+            gates.set(self.codes[assigned])
+            terms, errors, times = self.distillation.measure(batch, noise, gather)
+        if self.memory is not None:
+            self._remember(self.memory, batch, assigned, times, errors, noise, gather)
+        used = gather(code_usage(assigned, self.router.num_codes)[None]).mean(0)
+        ratio = (used * self.router.costs).sum()
+        return LossTerms(terms.terms, terms.weights, {"ratio": ratio, "trained": used})
+
+    @torch.no_grad()
+    def _assign(self, batch: Batch, noise: Noise) -> Int[Tensor, " row"]:
+        routes = self.router.route_embeddings(batch.embeddings).indices
+        if self.memory is None:
+            return routes
+        unknown = self.memory.count < self.router.config.need.enough
+        explored = (noise.uniform(use="exploration") < self.exploration) | unknown
+        return torch.where(explored, noise.integers(self.router.num_codes, use="explored code"), routes)
+
+    @torch.no_grad()
+    def _remember(
+        self,
+        memory: NeedMemory,
+        batch: Batch,
+        assigned: Int[Tensor, " row"],
+        times: Float[Tensor, " row"],
+        errors: Float[Tensor, " row"],
+        noise: Noise,
+        gather: Gather,
+    ) -> None:
+        assert self.router.need is not None
+        seen = Observations(gather(batch.embeddings), gather(assigned), gather(times), gather(errors))
+        before, enough = int(memory.count), self.router.config.need.enough
+        memory.add(seen)
+        if before + len(seen) >= enough and (before < enough or noise.step % self.refit_every == 0):
+            self.router.need.observe(memory.observations())
+            set_price(self.router, memory.observations().embeddings, self.budget, tolerance=1.0)
