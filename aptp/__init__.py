@@ -8,7 +8,7 @@ Read the modules in this order; each imports only what stands above it, and data
     gates, slicing, cost    a network that obeys a code, the smaller network that equals it, and what that costs
     expert                  a sliced network on disk
     noise                   random numbers that a row gets whoever computes it
-    relax, transport        bits with gradients; balanced assignment
+    relax, pot, transport   bits with gradients; the solvers of optimal transport; balanced assignment
     router                  prompts to codes
     losses, objectives      the terms that the two stages minimise, and their weights
     pruning, calibration    stage 1: router and codes are learned on the frozen, gated network, then put on budget

@@ -10,10 +10,11 @@ similarities and assigns their own rows) and at inference (potentials learned on
 
 from dataclasses import dataclass
 
-import ot
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from aptp.pot import sinkhorn
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def balanced_assignment(
         share = marginals.to(scores)
         if share.shape != (codes,) or (share <= 0).any() or abs(float(share.sum()) - 1) > 1e-4:
             raise ValueError(f"marginals must be {codes} positive shares that sum to 1, they are {share.tolist()}")
-    plan, log = ot.sinkhorn(
+    plan, log = sinkhorn(
         scores.new_full((batch,), 1 / batch),
         share,
         -scores,

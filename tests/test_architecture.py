@@ -13,8 +13,8 @@ import aptp
 ROOT = Path(__file__).parent.parent
 LIBRARY = [
     "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "noise", "relax",
-    "transport", "router", "losses", "objectives", "pruning", "calibration", "baselines", "finetuning", "release",
-    "publication", "pipeline", "metrics", "analysis",
+    "pot", "transport", "router", "losses", "objectives", "pruning", "calibration", "baselines", "finetuning",
+    "release", "publication", "pipeline", "metrics", "analysis",
 ]  # fmt: skip
 PLATFORM = [
     "guarded", "storage", "config", "progress", "capacity", "lease", "path", "models", "data", "teacher", "train",
@@ -30,6 +30,7 @@ HOMES = {  # where a dependency may be imported, as path prefixes below platform
     "s3fs": ("storage.py",),
     "fsspec": ("storage.py",),
     "botocore": ("storage.py",),
+    "ot": (),  # aptp/pot.py says why
 }
 
 
