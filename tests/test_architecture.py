@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = [
     "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "noise", "relax",
     "pot", "transport", "router", "losses", "objectives", "pruning", "calibration", "baselines", "finetuning",
-    "release", "publication", "pipeline", "metrics", "analysis",
+    "release", "publication", "pipeline", "metrics", "analysis", "cli",
 ]  # fmt: skip
 PLATFORM = [
     "guarded", "storage", "config", "progress", "capacity", "lease", "path", "models", "data", "teacher", "train",
@@ -114,6 +114,7 @@ def test_importing_the_library_brings_no_ray() -> None:
         ("import aptp", {"torch", "diffusers", "transformers", "ot", "matplotlib"}),
         ("from aptp import PruningConfig, FinetuningConfig", {"torch", "diffusers"}),
         ("from aptp import read_release", {"torch", "diffusers"}),
+        ("import aptp.cli", {"torch", "diffusers"}),
         ("from aptp import Router, LossTerms, Batch", {"diffusers", "transformers", "ot"}),
         ("import aptp_platform.serve.ingress", {"torch"}),
     ],
