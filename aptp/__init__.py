@@ -19,12 +19,15 @@ Read the modules in this order; each imports only what stands above it, and data
     release                 all of it in one folder, written and read
     pipeline                images out of that folder
     metrics, analysis       what it is worth, and what the router has learned
+    cli                     the command `aptp`: what a release holds, and images from it
 
 A name is imported when it is first used (PEP 562): who reads a release's manifest does not wait for diffusers.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aptp.analysis import (

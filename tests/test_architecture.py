@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = [
     "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "noise", "relax",
     "transport", "need", "routes", "router", "losses", "objectives", "pruning", "calibration", "baselines",
-    "finetuning", "sharing", "release", "pipeline", "metrics", "analysis",
+    "finetuning", "sharing", "release", "pipeline", "metrics", "analysis", "cli",
 ]  # fmt: skip
 PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "": ["storage", "unknown_keys", "config", "config_file", "models", "run", "data", "train", "experts", "serve"],
@@ -30,7 +30,8 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "serve/cpu": ["semaphores", "turns", "packing"],
     "serve/engine": ["images", "denoising", "batch_size", "batching", "metrics", "expert"],
     "serve/routing": [
-        "overflow", "prompt_cache", "selection", "routing_map", "decision_log", "drift", "metrics", "replay", "router",
+        "pot", "overflow", "prompt_cache", "selection", "routing_map", "decision_log", "drift", "metrics", "replay",
+        "router",
     ],
     "serve/http": ["static", "limits", "keys", "openai", "streams", "metrics", "ingress"],
 }  # fmt: skip
@@ -45,6 +46,7 @@ HOMES = {  # where a dependency may be imported, as path prefixes below platform
     "s3fs": ("storage/store.py",),
     "fsspec": ("storage/store.py",),
     "botocore": ("storage/store.py",),
+    "ot": ("serve/routing/pot.py",),
 }
 
 
@@ -144,6 +146,7 @@ def test_importing_the_library_brings_no_ray() -> None:
         ("import aptp", {"torch", "diffusers", "transformers", "ot", "matplotlib"}),
         ("from aptp import PruningConfig, FinetuningConfig", {"torch", "diffusers"}),
         ("from aptp import read_release", {"torch", "diffusers"}),
+        ("import aptp.cli", {"torch", "diffusers"}),
         ("from aptp import Router, LossTerms, Batch", {"diffusers", "transformers", "ot"}),
         ("import aptp_platform.serve.http.ingress", {"torch"}),
     ],

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import ot
+
+from aptp_platform.serve.routing.pot import emd
 
 _FORBIDDEN = 1e6
 
@@ -35,6 +36,6 @@ def place(similarities: Sequence[Sequence[float]], ratios: Sequence[float], room
     cost = np.zeros((count + 1, codes + 1))
     cost[:count, :codes], cost[:count, codes] = lost, waiting
     taken = np.append(np.ones(count), room.sum())
-    plan = ot.emd(taken, np.append(room, count), cost)
+    plan = emd(taken, np.append(room, count), cost)
     columns = plan[:count].argmax(1)
     return [int(own if column == codes else column) for column, own in zip(columns, home, strict=True)]
