@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_release import ANCHORS, build_release
 
 from aptp.cli import main
 from aptp.pipeline import AptpPipeline
+from tests.support.tiny_release import ANCHORS, build_release
 
 
 @pytest.fixture(scope="module")
