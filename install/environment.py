@@ -8,6 +8,7 @@ It runs in the bare interpreter that the environment will have, so it needs the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import re
@@ -111,9 +112,34 @@ def needs_cuda_libraries(environment: Path) -> bool:
     return "\nRequires-Dist: nvidia-" in metadata.read_text()
 
 
+def clear(environment: Path) -> Path:
+    """Removes an environment; where a new one goes. In a path with a space it is a link to a folder without one.
+
+    Ray starts its workers by `bash -c "exec /path/to/python ..."` and does not quote the path, so that in such a folder
+    none would start. The scripts that pip writes (`ray`, `serve`, `pytest`) name the folder behind the link.
+    """
+    shelf = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share", "aptp")
+    place = str(environment.absolute())
+    folder = (
+        shelf / f"{hashlib.sha256(place.encode()).hexdigest()[:12]}{environment.name}" if " " in place else environment
+    )
+    if environment.is_symlink():
+        environment.unlink()
+    for old in {environment, folder}:
+        if old.exists():
+            shutil.rmtree(old)
+    if folder != environment:
+        if " " in str(folder):
+            raise SetupError(
+                f"Ray starts no worker from {place}: a path with a space; set XDG_DATA_HOME to one without"
+            )
+        folder.mkdir(parents=True)
+        environment.symlink_to(folder)
+    return folder
+
+
 def make(environment: Path, locks: list[Path], *, project: bool, torch: str, cpu_index: str) -> None:
-    if environment.exists():
-        shutil.rmtree(environment)
+    link, environment = environment, clear(environment)
     # Not sys.executable: `make` finds this environment's own Python first, and that one is gone now.
     python = Path(sys.base_prefix, "bin", f"python{platform.python_version().rpartition('.')[0]}")
     subprocess.run([python, "-m", "venv", environment], check=True)
@@ -128,7 +154,7 @@ def make(environment: Path, locks: list[Path], *, project: bool, torch: str, cpu
     if version is not None:
         build, line = describe(environment)
         (environment / ".torch").write_text(build)
-        print(line)
+        print(line.replace(str(environment), str(link), 1))
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from install.environment import SetupError, refuse_unsupported, this_python
+from install.environment import SetupError, clear, refuse_unsupported, this_python
 from install.platforms import ROOT
 
 PYPROJECT = """
@@ -127,3 +127,18 @@ def test_setup_says_in_a_line_what_it_does_not_support(marker: str, value: str) 
     refuse_unsupported(this_python())
     with pytest.raises(SetupError, match=rf"this is .*{value}.*; the locks are for CPython 3\.11, 3\.12, 3\.13"):
         refuse_unsupported({**this_python(), marker: value})
+
+
+def test_in_a_path_with_a_space_the_environment_is_a_link_to_one_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    (tmp_path / "a b").mkdir()
+    for environment, linked in [(tmp_path / ".venv", False), (tmp_path / "a b" / ".venv", True)]:
+        for _ in range(2):
+            folder = clear(environment)
+            folder.mkdir(exist_ok=True)
+            (folder / "pyvenv.cfg").touch(exist_ok=False)
+            assert " " not in str(folder)
+            assert environment.is_symlink() is linked
+            assert (environment / "pyvenv.cfg").exists()
