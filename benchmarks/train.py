@@ -33,8 +33,7 @@ from aptp.losses import LossTerms
 from aptp.noise import Noise
 from aptp_platform.config import RunConfig, StorageConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, parse_config
-from aptp_platform.data.captions import FORMATS, SourceFile, decode_rows, source_files
-from aptp_platform.data.captions import _row as source_row
+from aptp_platform.data.captions import FORMATS, SourceFile, _row as source_row, decode_rows, source_files
 from aptp_platform.data.encode import Encoder, encoded_rows
 from aptp_platform.data.encoded import encoded_table, write_table
 from aptp_platform.run.cluster import LocalCluster

@@ -129,7 +129,7 @@ def test_a_second_run_reuses_every_stage_and_another_config_does_not(config: Run
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_an_evaluation_that_no_cluster_can_hold_is_translate_errors(config: RunConfig) -> None:
+def test_an_evaluation_that_no_cluster_can_hold_is_one_line(config: RunConfig) -> None:
     wanted = replace(config, evaluate=replace(config.evaluate, gpus_per_network=1.0))
     with pytest.raises(ConfigError, match=r"^evaluate.gpus_per_network: 1: the cluster has at most 0 GPU: lower it"):
         evaluate(wanted)

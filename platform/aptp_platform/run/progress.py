@@ -6,8 +6,7 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 3.0
 _LINE = re.compile(r"\[([\w-]+)\] (\d+)/(\d+)(?: (.*))?")

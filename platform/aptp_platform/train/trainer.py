@@ -15,8 +15,7 @@ import ray
 import ray.cloudpickle as cloudpickle
 import torch
 from diffusers import UNet2DConditionModel
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
-from ray.train import RunConfig as TrainRunConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig as TrainRunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 

@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from aptp_platform.experts.tune import pareto_set, tune
 from tests.support.tiny_run import tiny_run

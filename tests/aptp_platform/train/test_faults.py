@@ -48,7 +48,7 @@ run_function(lambda config: [held.append(ray.put(numpy.zeros(30_000_000, numpy.u
 """
 
 
-def test_a_full_spill_disk_is_translate_errors() -> None:
+def test_a_full_spill_disk_is_one_line() -> None:
     """Ray calls a disk full from a share on that is configured; here the one that there is lies above it."""
     environment = {**os.environ, "PYTHONPATH": PATHS, "RAY_local_fs_capacity_threshold": "0.0001"}
     run = subprocess.run(
