@@ -64,3 +64,4 @@ from .sites import (
 from .slicing import slice_unet as slice_unet
 
 __all__: list[str]
+__version__: str
