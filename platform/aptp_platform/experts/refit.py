@@ -25,6 +25,7 @@ from aptp.losses import NoiseSchedule, per_sample_error
 from aptp.need import fit_need
 from aptp.noise import Noise
 from aptp.router import Router
+from aptp.routes import require_used
 from aptp_platform.config import RunConfig
 from aptp_platform.data.encoded import choose_caption, read_table, row_identity
 from aptp_platform.models import PipelineParts, load_pipeline_parts
@@ -34,6 +35,7 @@ from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
 
 TOLERANCE: Final = 0.01  # of the budget
+MOST_BALANCE: Final = 100.0  # as good as equal shares
 UNSEEN_STEP: Final = 2**31  # of the noise: far beyond any training step
 ROWS_PER_TASK: Final = 256
 
@@ -49,6 +51,7 @@ def refit(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: a task is larger than the cluster.
+        UnusedCodeError: there are fewer prompts than experts.
     """
     root = Store.open(config.root, config.storage)
     router = assigned_router(root)
@@ -65,9 +68,10 @@ def refit(config: RunConfig) -> dict[str, Any]:
     router.need = fit_need(embeddings, times, errors, losses, router.config.need)
     budget, balance = config.router.budget, settings.balance
     usage = set_price(router, embeddings, budget, tolerance=inf, balance=balance)
-    while not usage.all():  # an expert that nobody is sent to is of no use to anybody
+    while not usage.all() and balance < MOST_BALANCE:  # an expert that nobody is sent to is of no use to anybody
         balance = max(2 * balance, 0.01)
         usage = set_price(router, embeddings, budget, tolerance=inf, balance=balance)
+    require_used(usage)
     ratio = float((usage * router.costs).sum())
     if abs(ratio / budget - 1) > TOLERANCE:  # the experts stand: what they cannot meet is said, and they are used
         print(
