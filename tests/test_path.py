@@ -67,8 +67,11 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
     assert release.ratio == pytest.approx(config.router.budget, abs=0.02)
     check_events(Path(config.root))
     metrics = json.loads((release.path / "report" / "metrics.json").read_text())
-    assert set(metrics["arms"]) == {"teacher", "uniform", "experts"}
-    assert metrics["arms"]["teacher"]["macs_ratio"] == 1
+    assert set(metrics["arms"]) == {"teacher", "routed", "random_routing", "oracle", "uniform"}
+    assert metrics["arms"]["teacher"]["cost_ratio"] == 1
+    assert metrics["arms"]["random_routing"]["cost_ratio"] == pytest.approx(metrics["arms"]["routed"]["cost_ratio"])
+    page = (release.path / "report" / "report.html").read_text()
+    assert page.count("<h2>") == 5
 
     (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
