@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its tree names what is there."""
+"""The README's Python runs as it stands; its figure, its tree and the pages' links name what is there."""
 
 import re
 import shlex
@@ -13,6 +13,8 @@ from aptp_platform.serve.args import ServeArgs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+WALK = (ROOT / "docs/getting-started.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]
 
 
 def test_the_python_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,9 +24,14 @@ def test_the_python_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert re.fullmatch(r"0\.\d\d of 271 M multiply-adds\n", capsys.readouterr().out)
 
 
-def test_the_jobs_in_the_readme_are_the_stages_in_their_order() -> None:
+def test_the_figure_in_the_readme_shows_the_stages_in_their_order() -> None:
+    steps = re.findall(r"(?m)^  -> (\w+) .*? (\w+)\.py", README)
+    assert steps == [(stage.name, stage.script) for stage in STAGES.values()]
+
+
+def test_the_jobs_of_the_walk_are_the_stages_in_their_order() -> None:
     """They are typed as they stand; what they would read exists and is legal. `test_path.py` runs what they call."""
-    lines = [shlex.split(line) for line in README.splitlines() if line.startswith("ray job submit")]
+    lines = [shlex.split(line) for line in WALK.splitlines() if line.startswith("ray job submit")]
     stages = []
     for line in lines:
         *submit, python, script, flag, config = line
@@ -46,3 +53,17 @@ def test_the_tree_in_the_readme_names_what_is_there() -> None:
     named = re.findall(r"(?m)^(\S+/|cluster\.yaml)\s", tree)
     assert len(named) > 5
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text()):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not heading or heading in map(anchor, re.findall(r"(?m)^#+ (.*)$", target.read_text())), link
