@@ -23,7 +23,8 @@ class GenerationRequest:
     """A complete request for images: running it again gives the same images.
 
     seeds: one per image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None. price: the
-    predicted loss that all of the teacher's MACs would be worth, or None for the release's own. expires: seconds since the epoch after which it is not begun any more. compression: quality of jpeg and webp,
+    predicted loss that all of the teacher's MACs would be worth, or None for the release's own.
+    expires: seconds since the epoch after which it is not begun any more. compression: quality of jpeg and webp,
     0..100. num_previews: unfinished images wanted on the way. caller: the name of the API key it came with.
     """
 

@@ -25,8 +25,12 @@ class RouterMetrics:
     def __init__(self) -> None:
         self._requests = Counter("aptp_requests_total", "Requests by outcome.", _keys("expert", "outcome"))
         self._routes = Counter("aptp_route_total", "Requests by code and reason.", _keys("code", "reason"))
-        self._overflow = Counter("aptp_overflow_total", "Requests whose code had no room, by stand-in.", _keys("from", "to"))
-        self._margin = Histogram("aptp_route_confidence", "Best score minus the second, in loss or similarity.", _MARGINS)
+        self._overflow = Counter(
+            "aptp_overflow_total", "Requests whose code had no room, by stand-in.", _keys("from", "to")
+        )
+        self._margin = Histogram(
+            "aptp_route_confidence", "Best score minus the second, in loss or similarity.", _MARGINS
+        )
         self._latency = Histogram("aptp_request_latency_seconds", "By phase.", _SECONDS, _keys("expert", "phase"))
         self._macs = Counter("aptp_macs_total", "Multiply-adds of the UNet, guidance included.", ("expert",))
         self._drift = Gauge("aptp_route_drift", "Distance of the recent codes from the training shares, 0 to 1.")

@@ -170,9 +170,7 @@ def _best(
         return max(fitting, key=lambda model: (round(model.ratio, 2), nearness.get(model.name, max(scores.scores))))
     price = request.price or 0.0
     losses = {each.model: each.loss or 0.0 for each in _predictions(scores, catalog)}
-    return min(
-        fitting, key=lambda model: (losses[model.name] + price * model.ratio, model.ratio, losses[model.name])
-    )
+    return min(fitting, key=lambda model: (losses[model.name] + price * model.ratio, model.ratio, losses[model.name]))
 
 
 def _predictions(scores: PromptScores, catalog: Catalog) -> tuple[Prediction, ...]:
