@@ -24,11 +24,11 @@ import torch
 
 from aptp.release import Release, read_release
 from aptp.router import Router
+from aptp_platform.serve.cpu.packing import PackedWeights
 from aptp_platform.serve.engine.batching import StepEngine
 from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
 from aptp_platform.serve.engine.expert import load_denoiser
 from aptp_platform.serve.routing.prompt_cache import score_prompts
-from aptp_platform.serve.routing.router import load_prompt_router
 from benchmarks.bench_release import PROMPTS, bench_release, emoji_release
 from benchmarks.clock import RESULTS, machine
 
@@ -87,7 +87,7 @@ async def expert(subject: Subject, seconds: float) -> tuple[Figures, Figures]:
     ]
     height, width = (plain.pixels_per_latent * side for side in subject.release.info.latent_size)
     spec = SampleSpec("", 0, subject.steps, subject.guidance, (width, height))
-    packed.pack_weights(lambda: first_step(packed, spec))
+    PackedWeights.of(packed.networks, lambda: first_step(packed, spec))
     first_step(plain, spec)
     engines = [StepEngine(denoiser, max_batch_size=BATCH, max_waiting=BATCH) for denoiser in denoisers]
     figures: tuple[Figures, Figures] = ({}, {})
@@ -122,7 +122,10 @@ def first_step(denoiser: Denoiser, spec: SampleSpec) -> None:
 def router(release: Release) -> tuple[Figures, Figures]:
     """Seconds a prompt, of a lone one and of a batch, without and with packed weights."""
     figures: tuple[Figures, Figures] = ({}, {})
-    routers = (Router.load(release.router_path), load_prompt_router(release))
+    routers = [Router.load(release.router_path) for _ in figures]
+    encoder = routers[1].encoder
+    assert encoder is not None
+    PackedWeights.of([encoder.model], lambda: encoder.encode(["a prompt"]))
     for each in routers:
         score_prompts(each, PROMPTS[:32], None)
     for _ in range(10):
