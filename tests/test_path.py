@@ -127,7 +127,7 @@ def test_a_second_run_reuses_every_stage_and_another_config_does_not(config: Run
 
     other = parse_config({**to_tree(config), "router": {"num_codes": 2, "budget": 0.8}})
     assert require_stage("encode", other) == require_stage("encode", config)
-    with pytest.raises(ConfigError, match=r"prune: its result .* was made from another config"):
+    with pytest.raises(ConfigError, match=r"share: its result .* was made from another config"):
         run_stage("assign", other, said.append)
 
 

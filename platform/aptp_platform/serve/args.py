@@ -61,15 +61,9 @@ class ExpertArgs(_Section):
         default="auto", description="samples denoised together; auto: a replica measures at its start how many pay"
     )
     largest_batch: int = Field(default=16, ge=1, description="the most that auto may find")
-    measure_s: float = Field(default=5.0, gt=0, description="what measuring may take at a replica's start")
+    measure_s: float = Field(default=5.0, gt=0, description="what each measurement may take at a replica's start")
     batching: Literal["steps", "requests"] = Field(
         default="steps", description="requests: newcomers wait for the whole batch to end; to compare with"
-    )
-    turns: int | None = Field(
-        default=None,
-        ge=1,
-        description="max replicas per device (a node's CPUs, one GPU) that run a denoising step concurrently; the "
-        "longest-waiting request goes first; unset: no limit",
     )
     max_waiting: int = Field(default=8, ge=0, description="requests a replica holds ready to join the batch")
     max_queued_requests: int = Field(default=64, ge=1, description="more that wait for a replica get a 429")

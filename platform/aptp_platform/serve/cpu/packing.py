@@ -7,7 +7,9 @@ replica starts in seconds and every batch and image size runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,6 +19,8 @@ from torch.nn.functional import pad
 _ROWS: Final = 256  # that a linear map's layout is chosen for; it hardly depends on them
 _FEW_PIXELS: Final = 16  # of an image, up to which a convolution is faster as a matrix product over its patches
 _MANY_PIXELS: Final = 1024  # of a batch, from which laying out the weights anew is nothing beside their use
+_TRIALS: Final = 3  # of each way; the least counts, the first being slow
+_LOG = logging.getLogger("ray.serve")
 
 
 class PackedConv2d(nn.Module):
@@ -87,38 +91,97 @@ class PackedLinear(nn.Module):
         return result
 
 
-def pack_weights(modules: Iterable[nn.Module], trial: Callable[[], Any]) -> None:
-    """Replaces the modules' convolutions and linear maps, in place. They must stay on their device, and not be saved.
+def pack_if_faster(name: str, modules: Iterable[nn.Module], trial: Callable[[], Any], *, seconds: float) -> bool:
+    """Packs the modules' weights, in place, if `trial` is faster with them; the log says which, and by how much.
 
-    What has no packed kernel is left as it is: other devices, half precision, a build of PyTorch without oneDNN.
+    CPU seconds decide: other replicas that start at the same time have the cores as well. What has no packed kernel is
+    left as it is, and nothing is measured: other devices, half precision, a build of PyTorch without oneDNN.
 
     Args:
-        trial: runs the modules once as they will mostly be run; convolutions are packed for the sizes that they meet.
+        name: of the model, in the log.
+        trial: runs the modules once as they will mostly be run.
+        seconds: what the comparison may take; both ways are timed at least once.
     """
-    if not torch.backends.mkldnn.is_available():
-        return
-    places = [
-        (parent, name, child)
-        for module in modules
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if type(child) in (nn.Linear, nn.Conv2d) and _packs(child)
-    ]
-    if not places:
-        return
-    shapes: dict[nn.Module, torch.Size] = {}
-    hooks = [
-        child.register_forward_pre_hook(lambda module, inputs: shapes.__setitem__(module, inputs[0].shape))
-        for _, _, child in places
-    ]
+    weights = PackedWeights.of(modules, trial)
+    if weights is None:
+        return False
+    ends = time.monotonic() + seconds
+    plain_s, packed_s = [], []
+    while len(plain_s) < _TRIALS and (not plain_s or time.monotonic() < ends):
+        packed_s.append(_cpu_s(trial))
+        weights.unpack()
+        plain_s.append(_cpu_s(trial))
+        weights.pack()
+    plain, packed = min(plain_s), min(packed_s)
+    if packed >= plain:
+        weights.unpack()
+    chosen = "packed" if packed < plain else "plain"
+    _LOG.info("%s has %s weights: packed %.4f CPU s, plain %.4f", name, chosen, packed, plain)
+    return packed < plain
+
+
+class PackedWeights:
+    """Convolutions and linear maps with what stands for them packed: `pack` and `unpack` put the one or the other in
+    place. The modules must stay on their device, and not be saved while they are packed.
+
+    Args:
+        places: each with the module that has it, its name there, its own child and the packed one.
+    """
+
+    def __init__(self, places: Sequence[tuple[nn.Module, str, nn.Module, nn.Module]]) -> None:
+        self._places = places
+        self.pack()
+
+    @staticmethod
+    def of(modules: Iterable[nn.Module], trial: Callable[[], Any]) -> PackedWeights | None:
+        """The modules, packed now, or None if nothing in them can be.
+
+        Args:
+            trial: runs the modules; convolutions are packed for the sizes that they meet.
+        """
+        if not torch.backends.mkldnn.is_available():
+            return None
+        places = [
+            (parent, name, child)
+            for module in modules
+            for parent in module.modules()
+            for name, child in parent.named_children()
+            if type(child) in (nn.Linear, nn.Conv2d) and _packs(child)
+        ]
+        if not places:
+            return None
+        shapes: dict[nn.Module, torch.Size] = {}
+        hooks = [
+            child.register_forward_pre_hook(lambda module, inputs: shapes.__setitem__(module, inputs[0].shape))
+            for _, _, child in places
+        ]
+        trial()
+        for hook in hooks:
+            hook.remove()
+        packed = [(parent, name, child, _packed_child(child, shapes)) for parent, name, child in places]
+        return PackedWeights(packed)
+
+    def pack(self) -> None:
+        for parent, name, _, packed in self._places:
+            setattr(parent, name, packed)
+
+    def unpack(self) -> None:
+        for parent, name, source, _ in self._places:
+            setattr(parent, name, source)
+
+
+def _cpu_s(trial: Callable[[], Any]) -> float:
+    started = time.process_time()
     trial()
-    for hook in hooks:
-        hook.remove()
-    for parent, name, child in places:
-        if isinstance(child, nn.Linear):
-            setattr(parent, name, PackedLinear(child))
-        elif isinstance(child, nn.Conv2d) and child in shapes:
-            setattr(parent, name, _packed_convolution(child, shapes[child]))
+    return time.process_time() - started
+
+
+def _packed_child(source: nn.Module, shapes: Mapping[nn.Module, torch.Size]) -> nn.Module:
+    if isinstance(source, nn.Linear):
+        return PackedLinear(source)
+    if isinstance(source, nn.Conv2d) and source in shapes:
+        return _packed_convolution(source, shapes[source])
+    return source
 
 
 def _packed_convolution(source: nn.Conv2d, shape: torch.Size) -> nn.Module:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Final
 
 from jaxtyping import UInt8
 from torch import Tensor
 
-from aptp_platform.serve.cpu.turns import Turns
 from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
 
 _SMOOTHING: Final = 0.2  # weight of the newest cycle in the mean cycle time
@@ -34,7 +31,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Cycle:
-    """One turn of the engine, as it is told to an observer."""
+    """One step of the batch, as it is told to an observer."""
 
     batch_size: int
     waiting: int
@@ -77,10 +74,6 @@ class RequestHandle:
     def steps_left(self) -> int:
         return self.spec.num_inference_steps if self.sample is None else self.sample.steps_left
 
-    @property
-    def steps_done(self) -> int:
-        return 0 if self.sample is None else self.sample.steps_done
-
     async def images(self) -> AsyncIterator[Rendered]:
         """The previews that the spec wants, then the finished image."""
         while True:
@@ -108,8 +101,8 @@ class _Outcome:
 class StepEngine:
     """Runs a `Denoiser` on a thread of its own for as many requests at once as fit; the event loop never blocks.
 
-    A cycle is one piece of work for that thread, from waiting for a turn to giving it back: every exchange with the
-    event loop in between would leave the device idle while others wait for it.
+    A cycle is one piece of work for that thread: every exchange with the event loop in between would leave the device
+    idle.
 
     An image does not depend on who shared the batch, beyond the rounding of a larger matrix product.
 
@@ -118,8 +111,6 @@ class StepEngine:
         max_waiting: requests that may wait for a place; one more raises `EngineFullError`.
         whole_requests: newcomers wait until the whole batch is done, as batching servers do that know no steps. It is
             here to be compared with.
-        turns: waits for one before every step, where replicas share a device; None: computes whenever it has to.
-        step_cost: of this network, as a share of the whole one's; says how much service a step is.
         observe: called after every cycle, on the event loop.
     """
 
@@ -130,8 +121,6 @@ class StepEngine:
         max_batch_size: int,
         max_waiting: int,
         whole_requests: bool = False,
-        turns: Turns | None = None,
-        step_cost: float = 1.0,
         observe: Callable[[Cycle], None] | None = None,
     ) -> None:
         if max_batch_size < 1 or max_waiting < 0:
@@ -140,11 +129,8 @@ class StepEngine:
             )
         self._denoiser, self._whole_requests, self._observe = denoiser, whole_requests, observe
         self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
-        self._turns, self._step_cost = turns, step_cost
-        self._least_step_s = 0.0  # 0 before the first
         self._waiting: deque[RequestHandle] = deque()
         self._running: list[RequestHandle] = []
-        self._lock = threading.Lock()  # the thread seats who waits; all else about these two is the event loop's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="denoiser")
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -184,10 +170,9 @@ class StepEngine:
             self._loop = asyncio.get_running_loop().create_task(self._run())
         self.check()
         handle = RequestHandle(spec, time.monotonic() + expires_in_s)
-        with self._lock:
-            if len(self._waiting) >= self._max_waiting + self._max_batch_size - len(self._running):
-                raise EngineFullError(len(self._waiting), self.drain_s)
-            self._waiting.append(handle)
+        if len(self._waiting) >= self._max_waiting + self._max_batch_size - len(self._running):
+            raise EngineFullError(len(self._waiting), self.drain_s)
+        self._waiting.append(handle)
         self._wake.set()
         return handle
 
@@ -209,12 +194,11 @@ class StepEngine:
             self._drop_unwanted()
             if not self._running and not self._waiting:
                 self._wake.clear()
-                if self._turns is not None and self._turns.is_claimed:  # for somebody who has gone meanwhile
-                    await asyncio.get_running_loop().run_in_executor(self._thread, self._turns.withdraw)
                 await self._wake.wait()
                 continue
             started = time.monotonic()
-            outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._cycle)
+            handles = self._seat()
+            outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._cycle, handles)
             for handle, error in outcome.failed:
                 _fail((handle,), error)
             for handle, preview, pixels in outcome.due:
@@ -224,53 +208,32 @@ class StepEngine:
             if outcome.stepped:
                 self._account(len(outcome.stepped), time.monotonic() - started)
 
-    def _cycle(self) -> _Outcome:
-        """One step of all who have a place when its turn has come."""
-        outcome = _Outcome()
-        turn = self._turns.held(self._since() or time.monotonic(), self._since) if self._turns else nullcontext()
-        with turn:
-            handles = self._seat()  # those too that came while it was the turn of others
-            try:
-                outcome.failed = self._admit(handles)
-                alive = [(handle, handle.sample) for handle in handles if handle.sample is not None]
-                outcome.due = self._step(alive) if alive else []
-                outcome.stepped = [handle for handle, _ in alive]
-            except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
-                outcome.failed = [(handle, fault) for handle in handles]
-        return outcome
-
-    def _since(self) -> float | None:
-        """From when the one waits that is furthest behind: since it came, less what it was given.
-
-        A step given counts as the least time that one of the whole network takes. So of two requests that came together
-        the one with more to do goes first, which evens their ends; and one of very many steps does not hold up others.
-        """
-        step_s = self._least_step_s / self._step_cost
-        with self._lock:
-            handles = [each for each in (*self._running, *self._waiting) if each.steps_left and not each.unwanted]
-        return min((each.arrived + step_s * each.steps_done for each in handles), default=None)
-
     def _seat(self) -> list[RequestHandle]:
         """Who takes part in the next step: those who run, and of those who wait as many as there are places."""
-        with self._lock:
-            self._running = [handle for handle in self._running if not handle.unwanted]
-            closed = self._whole_requests and bool(self._running)
-            while self._waiting and len(self._running) < self._max_batch_size and not closed:
-                handle = self._waiting.popleft()
-                if not handle.unwanted:
-                    self._running.append(handle)
-            return list(self._running)
+        closed = self._whole_requests and bool(self._running)
+        while self._waiting and len(self._running) < self._max_batch_size and not closed:
+            self._running.append(self._waiting.popleft())
+        return list(self._running)
+
+    def _cycle(self, handles: list[RequestHandle]) -> _Outcome:
+        """One step of all who have a place."""
+        outcome = _Outcome()
+        try:
+            outcome.failed = self._admit(handles)
+            alive = [(handle, handle.sample) for handle in handles if handle.sample is not None]
+            outcome.due = self._step(alive) if alive else []
+            outcome.stepped = [handle for handle, _ in alive]
+        except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
+            outcome.failed = [(handle, fault) for handle in handles]
+        return outcome
 
     def _admit(self, handles: list[RequestHandle]) -> list[tuple[RequestHandle, Exception]]:
         """Starts the newcomers; those that cannot be started, and why."""
         now = time.monotonic()
         newcomers = [handle for handle in handles if handle.sample is None]
-        failed: list[tuple[RequestHandle, Exception]] = [
-            (each, _too_late()) for each in newcomers if each.expires <= now
-        ]
-        timely = [handle for handle in newcomers if handle.expires > now]
-        samples = self._denoiser.admit([handle.spec for handle in timely]) if timely else []
-        for handle, sample in zip(timely, samples, strict=True):
+        samples = self._denoiser.admit([handle.spec for handle in newcomers]) if newcomers else []
+        failed: list[tuple[RequestHandle, Exception]] = []
+        for handle, sample in zip(newcomers, samples, strict=True):
             if isinstance(sample, Exception):
                 failed.append((handle, sample))
             else:
@@ -279,7 +242,6 @@ class StepEngine:
 
     def _step(self, alive: list[tuple[RequestHandle, Sample]]) -> list[tuple[RequestHandle, int | None, Tensor]]:
         """One step for all; the pixels of those that are finished or due for a preview."""
-        started = time.monotonic()
         self._denoiser.step([sample for _, sample in alive])
         due = []
         for handle, sample in alive:
@@ -287,9 +249,6 @@ class StepEngine:
             if preview is not None or not sample.steps_left:
                 due.append((handle, sample, preview))
         pixels = self._denoiser.decode([sample for _, sample, _ in due])
-        if self._turns:
-            self._denoiser.synchronize()
-        self._least_step_s = min(self._least_step_s or math.inf, time.monotonic() - started)
         return [(handle, preview, image) for (handle, _, preview), image in zip(due, pixels, strict=True)]
 
     def _account(self, batch_size: int, seconds: float) -> None:
@@ -299,17 +258,11 @@ class StepEngine:
 
     def _drop_unwanted(self) -> None:
         now = time.monotonic()
-        with self._lock:
-            self._running = [handle for handle in self._running if not handle.unwanted]
-            late = [handle for handle in self._waiting if handle.expires <= now]
-            if late or any(handle.unwanted for handle in self._waiting):
-                self._waiting = deque(each for each in self._waiting if not each.unwanted and each.expires > now)
-        for handle in late:
-            _fail((handle,), _too_late())
-
-
-def _too_late() -> TooLateError:
-    return TooLateError("the request waited until its time was over")
+        self._running = [handle for handle in self._running if not handle.unwanted]
+        late = [handle for handle in self._waiting if not handle.unwanted and handle.expires <= now]
+        if late or any(handle.unwanted for handle in self._waiting):
+            self._waiting = deque(each for each in self._waiting if not each.unwanted and each.expires > now)
+        _fail(late, TooLateError("the request waited until its time was over"))
 
 
 def _fail(handles: Iterable[RequestHandle], error: Exception) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from aptp.latents import encode_texts
-from aptp_platform.serve.cpu.packing import pack_weights
 
 _CACHED_TEXTS: Final = 128  # text states kept; the empty negative prompt is nearly always among them
 
@@ -161,14 +160,10 @@ class Denoiser:
             images.update((id(sample), image) for sample, image in zip(group, pixels, strict=True))
         return [images[id(sample)] for sample in samples]
 
-    def pack_weights(self, trial: Callable[[], Any]) -> None:
-        """Makes every step cheaper on a CPU; trial: denoises and decodes once as will mostly be done."""
-        pack_weights((self._unet, self._vae.decoder, self._text_encoder), trial)
-
-    def synchronize(self) -> None:
-        """Returns when the device has done all that it was given."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that computes here."""
+        return self._unet, self._vae.decoder, self._text_encoder
 
     def count_tokens(self, prompt: str) -> int:
         """How many tokens of the prompt the text encoder reads."""

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from aptp.expert import load_expert
 from aptp.release import Release
 from aptp_platform.serve.args import ExpertArgs
-from aptp_platform.serve.cpu.turns import Turns
+from aptp_platform.serve.cpu.packing import pack_if_faster
 from aptp_platform.serve.engine.batch_size import best_batch_size
 from aptp_platform.serve.engine.batching import EngineFullError, Rendered, RequestHandle, StepEngine, TooLateError
 from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
@@ -45,8 +45,8 @@ class Expert:
         self._catalog, self._model = catalog, model
         index = None if model == TEACHER else [code.name for code in catalog.codes].index(model)
         self._denoiser = load_denoiser(source.for_model(model), index, device=args.device, dtype=_DTYPES[args.dtype])
-        self._denoiser.pack_weights(self._warm_up)
         self._warm_up()
+        pack_if_faster(model, self._denoiser.networks, self._warm_up, seconds=args.measure_s)
         self._batch_limit = self._measured_batch_size(args) if args.max_batch_size == "auto" else args.max_batch_size
         metrics = ExpertMetrics(model, self._batch_limit)
         self._engine = StepEngine(
@@ -55,8 +55,6 @@ class Expert:
             # Serve gives this many to a replica, whatever batch it settled on.
             max_waiting=args.batch_bound + args.max_waiting - self._batch_limit,
             whole_requests=args.batching == "requests",
-            turns=None if args.turns is None else Turns(_device_name(args.device), args.turns),
-            step_cost=1.0 if index is None else catalog.codes[index].ratio,
             observe=metrics.observe,
         )
 
@@ -170,8 +168,3 @@ def load_denoiser(release: Release, index: int | None, *, device: str, dtype: to
         low_cpu_mem_usage=False,  # True needs `accelerate`, and warns at length without it
     ).to(device)
     return Denoiser(parts.unet, parts.vae, parts.tokenizer, parts.text_encoder, parts.scheduler)
-
-
-def _device_name(device: str) -> str:
-    """The same in every process that computes on this device."""
-    return device if device == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
