@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console()
-    logging.disable(logging.WARNING)  # the clients of Ray tell what they upload and what they leave out
+    logging.disable(logging.WARNING)  # Ray's clients log what they upload and what they skip
     try:
         (_serve if args.serve else _run)(args, console)
     except (ValueError, DemoError, ClusterError) as error:

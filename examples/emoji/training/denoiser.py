@@ -86,7 +86,7 @@ def train_denoiser(
     folder: Path,
     on_checkpoint: Callable[[UNet2DConditionModel, int], None],
 ) -> UNet2DConditionModel:
-    """Train, or go on from the checkpoint in `folder`; returns the averaged weights.
+    """Train, or continue from the checkpoint in `folder`; returns the averaged weights.
 
     Args:
         folder: holds `model.safetensors`, `average.safetensors`, `optimizer.pt`, `state.json` and `losses.jsonl`; only

@@ -1,4 +1,4 @@
-"""What each expert costs a prompt is measured again, once the experts are trained: fine-tuning has changed it.
+"""Measures again, once the experts are trained, what each costs a prompt: fine-tuning has changed it.
 
 Training prompts run through every expert and the teacher, at noise that no training step drew. The router's need head
 is solved for what was measured, and the price is set at which these prompts cost the budget. The router that evaluation
@@ -43,7 +43,7 @@ def refit(config: RunConfig) -> dict[str, Any]:
     """Publish `refitted/router/`.
 
     Returns:
-        the price, each code's share of the measured prompts, and the mean loss that they are predicted to lose.
+        the price, each code's share of the measured prompts, and the mean loss that they are predicted to add.
 
     Raises:
         ConfigError: a task is larger than the cluster. ValueError: no price meets the budget with these experts.
@@ -63,7 +63,7 @@ def refit(config: RunConfig) -> dict[str, Any]:
     router.need = fit_need(embeddings, times, errors, losses, router.config.need)
     balance = settings.balance
     usage = set_price(router, embeddings, config.router.budget, balance=balance)
-    while not usage.all():  # an expert that nobody is sent to is of no use to anybody
+    while not usage.all():  # an expert without prompts would be deployed for nothing
         balance = max(2 * balance, 0.01)
         usage = set_price(router, embeddings, config.router.budget, balance=balance)
     routes = router.route_embeddings(embeddings)

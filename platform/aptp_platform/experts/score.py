@@ -36,7 +36,7 @@ class HeldOut:
 
 
 def read_held_out(config: RunConfig, encoded: Store, limit: int) -> HeldOut:
-    """At most `limit` rows of a run's `encoded/heldout`, a caption of each."""
+    """At most `limit` rows of a run's `encoded/heldout`, one caption of each."""
     rows = read_encoded(encoded)
     if not rows:
         raise ConfigError(

@@ -28,7 +28,7 @@ from aptp_platform.storage.store import Store
 from aptp_platform.train.trainer import check_group, prune, share
 
 SCORED_ROWS = 128
-# A trial only waits for its worker group; what it holds itself, the group could not have (and 0 is refused).
+# A trial only waits for its worker group, and what it reserves itself is lost to that group (0 is refused).
 TRIAL_RESOURCES = {"CPU": 0.01}
 
 
@@ -49,7 +49,7 @@ class Trial:
 def tune(config: RunConfig) -> dict[str, Any]:
     """Run the sweep of `config.tune`, print its table, write `tune/results.json`.
 
-    A trial that had finished under the same config is not run again; one that was interrupted goes on.
+    A trial that finished under the same config is not run again; an interrupted one continues.
     """
     root = Store.open(config.root, config.storage)
     root.join(TRAIN_ROWS).require("*.parquet", "root, or run the encode job first")

@@ -46,7 +46,7 @@ STOP_SECONDS = 2 * keeper.GRACE_SECONDS + 2
 
 
 class ClusterError(Exception):
-    """The cluster did not start, or has ended; the message is the one line that says so."""
+    """The cluster did not start, or has ended; the message is one line that says which."""
 
 
 class LocalCluster:
@@ -203,7 +203,7 @@ class LocalCluster:
         return environment | {"no_proxy": direct, "NO_PROXY": direct}
 
     def _wait(self) -> None:
-        """Until the head takes jobs: the dashboard answers, and the node's agent, which says that its raylet lives."""
+        """Wait until the head accepts jobs: the dashboard answers, and the node's agent, which shows that its raylet runs."""
         deadline = time.monotonic() + START_SECONDS
         urls = (f"{self.dashboard}/api/version", f"http://127.0.0.1:{self._agent_port}/api/local_raylet_healthz")
         with httpx.Client(headers=self.headers, timeout=2, trust_env=False) as client:
