@@ -78,9 +78,10 @@ class PruningStage(nn.Module):
         self.unet = unet.eval().requires_grad_(False)
         self.space, self.table, self.router, self.config = space, table, router, config
         self.schedule = NoiseSchedule(scheduler)
-        self.memory = (
-            None if router.need is None else NeedMemory(router.config.embedding_dim, router.config.need.memory)
-        )
+        self.memory = None
+        if router.need is not None:
+            router.need.reserve(router.config.need.memory)
+            self.memory = NeedMemory(router.config.embedding_dim, router.config.need.memory)
         self.register_buffer("usage", torch.full((router.num_codes,), 1 / router.num_codes))
         self.register_buffer("price", torch.zeros(()))  # of a unit of cost, in units of what pruning adds
         # Moving averages of what pruning adds to the objective, in size, and of the error that the need head predicts.

@@ -9,6 +9,7 @@ as long as they together. Here every step trains the units that codes have in co
 and price up to date, since what a code costs a prompt falls by an order of magnitude while its weights adapt.
 """
 
+from math import inf
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class SharingStage(nn.Module):
     student, the router and what the router was fitted to.
 
     Attributes:
+        balance: what an unequal use of the codes costs, as in stage 1.
         exploration: the share of prompts under a code drawn at random: without it codes would be known only where they
             are used already. refit_every: steps between two fits of the need head and the price.
     """
@@ -52,13 +54,14 @@ class SharingStage(nn.Module):
         budget: float,
         *,
         null_states: Float[Tensor, "token text"] | None = None,
+        balance: float = 0.0,
         exploration: float = 0.15,
         refit_every: int = 20,
     ) -> None:
         super().__init__()
         self.distillation = FinetuningStage(student, teacher, scheduler, config, null_states=null_states)
         self.space, self.router, self.budget = space, router.requires_grad_(False), budget
-        self.exploration, self.refit_every = exploration, refit_every
+        self.balance, self.exploration, self.refit_every = balance, exploration, refit_every
         masks = torch.stack([code.mask for code in router.architecture_codes()])
         self.register_buffer("codes", masks, persistent=False)
         self.memory = None
@@ -114,4 +117,5 @@ class SharingStage(nn.Module):
         memory.add(seen)
         if before + len(seen) >= enough and (before < enough or noise.step % self.refit_every == 0):
             self.router.need.observe(memory.observations())
-            set_price(self.router, memory.observations().embeddings, self.budget, tolerance=1.0)
+            prompts = memory.observations().embeddings
+            set_price(self.router, prompts, self.budget, tolerance=inf, balance=self.balance)

@@ -29,6 +29,7 @@ def test_every_file_and_test_that_is_named_exists() -> None:
     files = set(re.findall(r"`((?:aptp|tests)/[\w/]+\.py)`", PAGE))
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "aptp").glob("*.py")} - files == {
         "aptp/__init__.py",
+        "aptp/cli.py",
         "aptp/latents.py",
         "aptp/prompts.py",
     }

@@ -23,7 +23,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "data": ["sample", "formats", "captions", "encoded", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
     "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "sharing", "trainer"],
-    "experts": ["assign", "cut", "refit", "score", "report", "evaluate", "publish", "tune"],
+    "experts": ["assign", "cut", "refit", "score", "arms", "report", "evaluate", "publish", "tune"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",
     ],

@@ -42,7 +42,7 @@ def test_the_wheel_holds_both_packages_whole(wheel: zipfile.ZipFile) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert held == there
-    assert {"aptp/py.typed", "aptp_platform/serve/static/index.html"} <= held
+    assert {"aptp/py.typed", "aptp_platform/serve/http/static/index.html"} <= held
 
 
 def test_the_wheel_names_its_version_licence_and_command(wheel: zipfile.ZipFile) -> None:

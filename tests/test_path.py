@@ -43,7 +43,7 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Run
             "model": {"pipeline": str(folder / "model")},
             "router": {"num_codes": 2, "budget": 0.7},
             "encode": {"batch_size": 16},
-            "prune": {"run": TRAINING, "objective": {"warmup_steps": 1}},
+            "prune": {"run": TRAINING, "objective": {"warmup_steps": 1, "balance": 10.0}},  # so few steps part no codes
             "samples": {"prompts": ["a cat", "a red car"], "inference_steps": 2},
             "share": {"run": TRAINING},
             "assign": {"if_fewer": "merge"},
@@ -67,8 +67,11 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
     assert release.ratio == pytest.approx(config.router.budget, abs=0.02)
     check_events(Path(config.root))
     metrics = json.loads((release.path / "report" / "metrics.json").read_text())
-    assert set(metrics["arms"]) == {"teacher", "uniform", "experts"}
-    assert metrics["arms"]["teacher"]["macs_ratio"] == 1
+    assert set(metrics["arms"]) == {"teacher", "routed", "random_routing", "oracle", "uniform"}
+    assert metrics["arms"]["teacher"]["cost_ratio"] == 1
+    assert metrics["arms"]["random_routing"]["cost_ratio"] == pytest.approx(metrics["arms"]["routed"]["cost_ratio"])
+    page = (release.path / "report" / "report.html").read_text()
+    assert page.count("<h2>") == 5
 
     (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})

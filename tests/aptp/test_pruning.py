@@ -257,7 +257,7 @@ def test_capacity_goes_to_the_prompts_that_need_it(unet, space, table, seed, aga
 
 def test_four_steps_are_two_and_a_resumption_and_two(unet, space, table):
     def new(seed=0):
-        stage = a_stage(unet, space, table, PruningConfig(warmup_steps=1), seed)
+        stage = a_stage(unet, space, table, PruningConfig(warmup_steps=1), seed, need=NeedConfig(memory=32, enough=8))
         return stage, torch.optim.AdamW(stage.router.parameters(), lr=0.05)
 
     batch = a_batch()
@@ -274,6 +274,8 @@ def test_four_steps_are_two_and_a_resumption_and_two(unet, space, table):
     for name, value in through.learned_state().items():
         assert torch.equal(value, after.learned_state()[name]), name
     assert not any(name.startswith("unet") for name in through.learned_state())
+    shapes = {name: value.shape for name, value in new()[0].learned_state().items()}
+    assert {name: value.shape for name, value in through.learned_state().items()} == shapes
 
 
 class HostWaits(TorchDispatchMode):

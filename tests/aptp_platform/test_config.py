@@ -106,9 +106,11 @@ def test_the_example_is_legal_and_overrides_change_one_value(tmp_path):
 def test_the_demo_on_a_gpu_differs_in_its_place_its_devices_and_its_precision_alone():
     found = differences(to_tree(load_config(DEMO)), to_tree(load_config(DEMO.with_name("demo_gpu.yaml"))))
     assert {line.split(":")[0] for line in found} == {
-        "root", "encode.gpus_per_actor", "prune.workers", "prune.gpus_per_worker", "prune.engine.precision",
-        "finetune.gpus_per_worker", "finetune.cpus_per_worker", "finetune.engine.precision",
-        "evaluate.gpus_per_network", "evaluate.cpus_per_network",
+        "root", "encode.gpus_per_actor", "prune.run.workers", "prune.run.gpus_per_worker",
+        "prune.run.engine.precision", "finetune.run.gpus_per_worker", "finetune.run.cpus_per_worker",
+        "finetune.run.engine.precision",
+        "refit.gpus_per_task", "refit.cpus_per_task", "evaluate.gpus_per_network",
+        "evaluate.cpus_per_network",
     }  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def test_the_demo_on_a_gpu_differs_in_its_place_its_devices_and_its_precision_al
         ),
         (merged(prune={"run": {"steps": "many"}}), "prune.run.steps: 'many': must be a valid integer"),
         (merged(prune={"run": {"engine": {"zero_stage": 4}}}), "prune.run.engine.zero_stage: 4: must be 0, 1, 2 or 3"),
-        (merged(prune={"run": {"steps": 0}}), "prune.run.steps: 0: must be greater than or equal to 1"),
+        (merged(prune={"run": {"steps": 0}}), "prune.run.steps: 0: must be at least 1"),
         ({**MINIMAL, "prune": 3}, "prune: 3: must be a dictionary"),
         (merged(router={"budget": 1.5}), "router.budget: 1.5: must be less than or equal to 1"),
         (merged(data={"image_size": 500}), "data.image_size: 500: must be a multiple of 8"),

@@ -41,7 +41,7 @@ class Served:
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[Served]:
     """Starts the server on the running cluster; the fixture `served` of `conftest`."""
-    release = build_release(folder / "release", num_codes=2, with_teacher=True)
+    release = build_release(folder / "release", num_codes=2, with_teacher=True, routing="need")
     small = {"num_cpus": 0.1, "num_threads": 1}
     args = ServeArgs.model_validate(
         {

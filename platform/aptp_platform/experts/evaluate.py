@@ -1,14 +1,14 @@
-"""What the experts are worth: teacher, baselines and experts on the same held-out prompts, noise and seeds.
+"""What the experts are worth: several arms on the same held-out prompts, noise and seeds.
 
-Two measures. The paired denoising loss differs between two networks by nothing but the networks. CMMD-lite0 compares
-generated with real images (`aptp.metrics` says why it is not called CMMD). Each network is scored by one Ray task.
+The paired denoising loss differs between two networks by nothing but the networks. CMMD-lite0 and FD-lite0 compare
+generated with real images (`aptp.metrics` says why they are not called CMMD and FID). Each network is scored by one Ray
+task. Routes are the router's at the price at which these prompts cost the budget, so that arms are of equal cost.
 """
 
 import io
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,40 +17,49 @@ import torch
 from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
 from PIL import Image
-from scipy.stats import bootstrap, spearmanr
 from torch import Tensor
 
+from aptp.calibration import set_price
 from aptp.expert import load_expert, read_expert_info
-from aptp.metrics import Lite0, maximum_mean_discrepancy
+from aptp.metrics import FeatureStatistics, Lite0, frechet_distance, maximum_mean_discrepancy
 from aptp_platform.config import RunConfig
 from aptp_platform.data.captions import decode_rows, read_captioned, source_files
-from aptp_platform.experts.report import write_report
+from aptp_platform.experts.arms import (
+    ROUTED,
+    TEACHER,
+    arm_facts,
+    build_arms,
+    kind_facts,
+    need_capacity,
+    routed_minus,
+)
+from aptp_platform.experts.report import Evaluation, write_report
 from aptp_platform.experts.score import HeldOut, batches_of, check_scoring, read_held_out, row_generator, row_losses
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.run.layout import FINETUNED, HELD_OUT_ROWS, network_of, refitted_router
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
-TEACHER = "teacher"
+ENOUGH_FOR_FD: Final = 512  # images: below, the distance says more of their number than of their quality
+PICTURE_SIZE: Final = 128  # pixels at most, of the report's pictures
 
 
 @dataclass(frozen=True)
-class ArmShare:
-    """The share of an arm that one network answers for: its rows."""
+class Task:
+    """One network, at how many noises it is scored on all rows, and for which rows it draws."""
 
-    arm: str
     network: str | None  # a folder under the run's root; None: the teacher
-    ratio: float
-    rows: list[int]
+    noises: int
+    drawn: list[int]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one share measured: a loss per row, and features and small pictures of the rows it generated."""
+    """What one network measured: losses, and features and small pictures of the rows that it drew."""
 
-    losses: Float[np.ndarray, " row"]
-    features: Float[np.ndarray, "generated dim"]
-    thumbnails: list[bytes]
+    losses: Float[np.ndarray, "noise row"]
+    features: dict[int, Float[np.ndarray, " dim"]]
+    pictures: dict[int, bytes]
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
@@ -63,117 +72,130 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     root = Store.open(config.root, config.storage)
     held = read_held_out(config, root.join(HELD_OUT_ROWS), config.evaluate.images)
     router = refitted_router(root)
-    codes = router.route_embeddings(held.embeddings).indices.tolist()
-    shares = list(_arm_shares(config, root, codes, router.num_codes))
-    scored = _score_all(config, held, shares)
-    real = _real_features(config)
-    arms: dict[str, Any] = {}
-    losses: dict[str, np.ndarray] = {}
-    for arm in dict.fromkeys(share.arm for share in shares):
-        mine = [(share, scores) for share, scores in zip(shares, scored, strict=True) if share.arm == arm]
-        losses[arm], ratios = np.empty(len(codes)), np.empty(len(codes))
-        for share, scores in mine:
-            losses[arm][share.rows], ratios[share.rows] = scores.losses, share.ratio
-        features = np.concatenate([scores.features for _, scores in mine])
-        arms[arm] = {
-            "macs_ratio": float(ratios.mean()),
-            "denoising_loss": float(losses[arm].mean()),
-            "cmmd_lite0": maximum_mean_discrepancy(torch.from_numpy(features), real),
-        }
-    for arm, facts in arms.items():
-        if arm != TEACHER:
-            extra = losses[arm] - losses[TEACHER]
-            facts["extra_loss"] = float(extra.mean())
-            facts["extra_loss_95"] = _interval(extra)
-    expert_ratios = [share.ratio for share in shares if share.arm == "experts"]
-    metrics = {
-        "held_out": len(codes),
-        "generated": min(len(codes), config.evaluate.generated),
-        "arms": arms,
-        "codes": _code_facts(shares, codes),
-        "kinds": _kind_facts(held.kinds, codes, expert_ratios, losses),
-        "experts_minus_baselines": {
-            arm: {
-                "mean": float((losses["experts"] - losses[arm]).mean()),
-                "95": _interval(losses["experts"] - losses[arm]),
-            }
-            for arm in arms
-            if arm not in (TEACHER, "experts")
+    if router.need is not None:
+        set_price(router, held.embeddings, config.router.budget, tolerance=0.5, balance=config.refit.balance)
+    routes = router.route_embeddings(held.embeddings)
+    codes = routes.indices.numpy()
+    drawn = list(range(min(len(codes), config.evaluate.generated)))
+    singles = {name: f"{FINETUNED}/{name}" for name in config.cut.baselines}
+    tasks = {
+        TEACHER: Task(None, 1, drawn),
+        **{name: Task(folder, 1, drawn) for name, folder in singles.items()},
+        **{
+            network_of(code): Task(f"{FINETUNED}/{network_of(code)}", 2, [row for row in drawn if codes[row] == code])
+            for code in range(router.num_codes)
         },
     }
-    thumbnails = {
-        arm: _in_order(
-            config, [(share, scores) for share, scores in zip(shares, scored, strict=True) if share.arm == arm]
-        )
-        for arm in arms
+    scored = _score_all(config, held, tasks)
+    experts = np.stack([scored[network_of(code)].losses for code in range(router.num_codes)])
+    costs = np.array([_cost(root, f"{FINETUNED}/{network_of(code)}") for code in range(router.num_codes)])
+    teacher = scored[TEACHER].losses[0]
+    others = {name: (scored[name].losses[0], _cost(root, folder)) for name, folder in singles.items()}
+    arms = build_arms(teacher, experts, codes, costs, others)
+    features, pictures = _by_arm(scored, codes, drawn, list(singles))
+    facts, real = arm_facts(arms), _real_features(config)
+    for name, mine in features.items():
+        facts[name] |= _image_scores(torch.from_numpy(mine), real)
+    predicted = None if routes.losses is None else routes.losses.numpy()
+    need = experts[:, 0].mean(0) - teacher
+    metrics = {
+        "held_out": len(codes),
+        "generated": len(drawn),
+        "budget": config.router.budget,
+        "price": None if router.need is None else float(router.price),
+        "arms": facts,
+        "routed_minus": routed_minus(arms),
+        "need_capacity": need_capacity(teacher, experts, arms[ROUTED].costs, predicted),
+        "codes": _code_facts(codes, costs),
+        "kinds": kind_facts(held.kinds, need, arms[ROUTED].costs),
     }
-    write_report(root, metrics, held.captions, thumbnails)
-    experts = arms["experts"]
+    lost = arms[ROUTED].losses - teacher
+    architectures = router.architecture_codes()
+    write_report(
+        root, Evaluation(metrics, held.captions, held.kinds, codes, costs, need, lost, pictures, architectures)
+    )
     return {
         "held-out rows": len(codes),
-        **{f"loss of {arm}": round(facts["denoising_loss"], 4) for arm, facts in arms.items()},
-        "experts' MACs ratio": round(experts["macs_ratio"], 3),
+        **{f"extra loss of {name}": round(facts[name]["extra_loss"], 4) for name in arms if name != TEACHER},
+        "experts' MACs ratio": round(facts[ROUTED]["cost_ratio"], 3),
     }
 
 
-def _arm_shares(config: RunConfig, root: Store, codes: list[int], num_codes: int) -> Iterator[ArmShare]:
-    everything = list(range(len(codes)))
-    yield ArmShare(TEACHER, None, 1.0, everything)
-    for name in config.cut.baselines:
-        folder = f"{FINETUNED}/{name}"
-        yield ArmShare(name, folder, _ratio(root, folder), everything)
-    for code in range(num_codes):
-        rows = [row for row in everything if codes[row] == code]
-        if rows:  # a code may have no held-out prompt
-            folder = f"{FINETUNED}/{network_of(code)}"
-            yield ArmShare("experts", folder, _ratio(root, folder), rows)
-
-
-def _ratio(root: Store, folder: str) -> float:
-    """The MACs ratio that an expert's own folder states."""
+def _cost(root: Store, folder: str) -> float:
+    """The MACs ratio that a network's own folder states."""
     with tempfile.TemporaryDirectory() as scratch:
         return read_expert_info(root.fetch(folder, scratch)).cost.ratio
 
 
-def _score_all(config: RunConfig, held: HeldOut, shares: list[ArmShare]) -> list[Scores]:
+def _by_arm(
+    scored: dict[str, Scores], codes: np.ndarray, drawn: list[int], singles: list[str]
+) -> tuple[dict[str, np.ndarray], dict[str, list[bytes]]]:
+    """Features and pictures of the drawn rows, in their order, of every arm that draws."""
+    sources = {name: [scored[name]] * len(drawn) for name in (TEACHER, *singles)}
+    sources[ROUTED] = [scored[network_of(int(codes[row]))] for row in drawn]
+    features = {
+        name: np.stack([source.features[row] for row, source in zip(drawn, mine, strict=True)])
+        for name, mine in sources.items()
+        if drawn
+    }
+    pictures = {
+        name: [source.pictures[row] for row, source in zip(drawn, mine, strict=True)] for name, mine in sources.items()
+    }
+    return features, pictures
+
+
+def _image_scores(ours: Float[Tensor, "ours dim"], real: Float[Tensor, "real dim"]) -> dict[str, float | None]:
+    """CMMD-lite0 and FD-lite0 to the real images; None where there are too few images to say."""
+    enough = min(len(ours), len(real))
+    scores: dict[str, float | None] = {"cmmd_lite0": None, "fd_lite0": None}
+    if enough >= 2:
+        scores["cmmd_lite0"] = maximum_mean_discrepancy(ours, real)
+    if enough >= ENOUGH_FOR_FD:
+        statistics = [FeatureStatistics(rows.shape[1]).update(rows) for rows in (ours, real)]
+        scores["fd_lite0"] = frechet_distance(*statistics)
+    return scores
+
+
+def _score_all(config: RunConfig, held: HeldOut, tasks: dict[str, Task]) -> dict[str, Scores]:
     shared, settings = ray.put(held), ray.put(config)
     task = _score.options(num_cpus=config.evaluate.cpus_per_network, num_gpus=config.evaluate.gpus_per_network)
-    # The one with most rows first, so that no long one is left for last.
-    order = sorted(range(len(shares)), key=lambda index: -len(shares[index].rows))
-    pending = {task.remote(settings, shared, shares[index]): index for index in order}
-    scored: dict[int, Scores] = {}
-    with Progress("evaluate", len(shares)) as progress:
+    # The one that draws most first, so that no long one is left for last.
+    order = sorted(tasks, key=lambda name: -len(tasks[name].drawn))
+    pending = {task.remote(settings, shared, tasks[name]): name for name in order}
+    scored: dict[str, Scores] = {}
+    with Progress("evaluate", len(tasks)) as progress:
         progress.update(0)
         while pending:
             (ready,), _ = ray.wait(list(pending))
-            index = pending.pop(ready)
-            scored[index] = ray.get(ready)
-            progress.update(len(scored), network=shares[index].network or TEACHER)
-    return [scored[index] for index in range(len(shares))]
+            name = pending.pop(ready)
+            scored[name] = ray.get(ready)
+            progress.update(len(scored), network=name)
+    return scored
 
 
 @ray.remote
-def _score(config: RunConfig, held: HeldOut, share: ArmShare) -> Scores:
+def _score(config: RunConfig, held: HeldOut, task: Task) -> Scores:
     parts = load_pipeline_parts(config.model, config.storage)
     unet = parts.unet
-    if share.network is not None:
+    if task.network is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            unet = load_expert(Store.open(config.root, config.storage).fetch(share.network, scratch))
+            unet = load_expert(Store.open(config.root, config.storage).fetch(task.network, scratch))
     device = torch.device("cuda" if config.evaluate.gpus_per_network else "cpu")
     pipeline = parts.pipeline(unet.eval()).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    generated = [row for row in share.rows if row < config.evaluate.generated]
-    features, thumbnails = _generate(config, pipeline, held, generated)
-    return Scores(row_losses(config.evaluate, parts, unet, held, share.rows), features, thumbnails)
+    features, pictures = _generate(config, pipeline, held, task.drawn)
+    rows = list(range(len(held.keys)))
+    losses = [row_losses(config.evaluate, parts, unet, held, rows, noise) for noise in range(task.noises)]
+    return Scores(np.stack(losses), features, pictures)
 
 
 @torch.no_grad()
 def _generate(
     config: RunConfig, pipeline: StableDiffusionPipeline, held: HeldOut, rows: list[int]
-) -> tuple[Float[np.ndarray, "generated dim"], list[bytes]]:
-    """Features of one image a row, seeded by the row's key, and each image as a small PNG."""
+) -> tuple[dict[int, Float[np.ndarray, " dim"]], dict[int, bytes]]:
+    """By row: features of one image, seeded by the row's key, and the image as a PNG."""
     extractor = Lite0().to(pipeline.device)
-    features, thumbnails = [np.zeros((0, extractor.dim), np.float32)], []
+    features, pictures = {}, {}
     for batch in batches_of(rows, config.evaluate.batch_size):
         images = pipeline(
             [held.captions[row] for row in batch],
@@ -184,13 +206,16 @@ def _generate(
             generator=[row_generator(held.keys[row]) for row in batch],
             output_type="pt",
         ).images
-        features.append(extractor(images * 2 - 1).cpu().numpy())
-        for image in images:
+        found = extractor(images * 2 - 1).cpu().numpy()
+        for row, image, feature in zip(batch, images, found, strict=True):
+            features[row] = feature
             pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
             buffer = io.BytesIO()
-            Image.fromarray(pixels).resize((64, 64), Image.Resampling.LANCZOS).save(buffer, "PNG")
-            thumbnails.append(buffer.getvalue())
-    return np.concatenate(features), thumbnails
+            picture = Image.fromarray(pixels)
+            picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+            picture.save(buffer, "PNG")
+            pictures[row] = buffer.getvalue()
+    return features, pictures
 
 
 def _real_features(config: RunConfig) -> Float[Tensor, "real dim"]:
@@ -207,50 +232,9 @@ def _real_features(config: RunConfig) -> Float[Tensor, "real dim"]:
     return torch.cat(features)
 
 
-def _in_order(config: RunConfig, mine: list[tuple[ArmShare, Scores]]) -> list[bytes]:
-    """Thumbnails of the generated rows, in the rows' order whichever share made them."""
-    found: dict[int, bytes] = {}
-    for share, scores in mine:
-        rows = [row for row in share.rows if row < config.evaluate.generated]
-        found.update(zip(rows, scores.thumbnails, strict=True))
-    return [found[row] for row in sorted(found)]
-
-
-def _code_facts(shares: list[ArmShare], codes: list[int]) -> list[dict[str, Any]]:
-    experts = [share for share in shares if share.arm == "experts"]
+def _code_facts(codes: np.ndarray, costs: np.ndarray) -> list[dict[str, Any]]:
+    shares = np.bincount(codes, minlength=len(costs)) / len(codes)
     return [
-        {"code": codes[share.rows[0]], "macs_ratio": share.ratio, "share": len(share.rows) / len(codes)}
-        for share in experts
+        {"code": code, "cost_ratio": float(cost), "share": float(share)}
+        for code, (cost, share) in enumerate(zip(costs, shares, strict=True))
     ]
-
-
-def _kind_facts(
-    kinds: list[str], codes: list[int], ratios: list[float], losses: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """Who gets capacity: by kind of prompt, the routed ratio beside what a smaller network costs that kind.
-
-    The router never sees the kind. The rank correlation is over kinds with at least 8 rows.
-    """
-    baseline = next((arm for arm in losses if arm not in (TEACHER, "experts")), None)
-    by_code = dict(zip(sorted(set(codes)), ratios, strict=True))
-    routed = np.array([by_code[code] for code in codes])
-    table: dict[str, Any] = {}
-    for kind in sorted(set(kinds)):
-        mine = np.array([each == kind for each in kinds])
-        if mine.sum() >= 8:
-            table[kind] = {"rows": int(mine.sum()), "routed_ratio": float(routed[mine].mean())}
-            if baseline is not None:
-                table[kind]["baseline_extra_loss"] = float((losses[baseline] - losses[TEACHER])[mine].mean())
-    correlation = None
-    if baseline is not None and len(table) > 2 and len({facts["routed_ratio"] for facts in table.values()}) > 1:
-        columns = ([facts[name] for facts in table.values()] for name in ("routed_ratio", "baseline_extra_loss"))
-        correlation = float(spearmanr(*columns).statistic)
-    return {"table": table, "rank_correlation": correlation}
-
-
-def _interval(values: Float[np.ndarray, " row"]) -> tuple[float, float]:
-    """A bootstrap 95 % interval of the mean."""
-    if len(values) < 2:
-        return float(values[0]), float(values[0])
-    found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
-    return float(found.low), float(found.high)

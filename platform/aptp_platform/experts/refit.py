@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from aptp.losses import NoiseSchedule, per_sample_error
 from aptp.need import fit_need
 from aptp.noise import Noise
 from aptp.router import Router
+from aptp.routes import require_used
 from aptp_platform.config import RunConfig
 from aptp_platform.data.encoded import choose_caption, read_table, row_identity
 from aptp_platform.models import PipelineParts, load_pipeline_parts
@@ -32,6 +34,8 @@ from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
 
+TOLERANCE: Final = 0.01  # of the budget
+MOST_BALANCE: Final = 100.0  # as good as equal shares
 UNSEEN_STEP: Final = 2**31  # of the noise: far beyond any training step
 ROWS_PER_TASK: Final = 256
 
@@ -43,10 +47,11 @@ def refit(config: RunConfig) -> dict[str, Any]:
     """Publish `refitted/router/`.
 
     Returns:
-        the price, each code's share of the measured prompts, and the mean loss that they are predicted to add.
+        the price, what the measured prompts cost at it, each code's share of them, and the mean loss predicted.
 
     Raises:
-        ConfigError: a task is larger than the cluster. ValueError: no price meets the budget with these experts.
+        ConfigError: a task is larger than the cluster.
+        UnusedCodeError: there are fewer prompts than experts.
     """
     root = Store.open(config.root, config.storage)
     router = assigned_router(root)
@@ -61,11 +66,17 @@ def refit(config: RunConfig) -> dict[str, Any]:
     times, errors, losses = (torch.cat(parts) for parts in zip(*measured, strict=True))
     embeddings = torch.from_numpy(np.stack([row["embedding"] for row in rows])).float()
     router.need = fit_need(embeddings, times, errors, losses, router.config.need)
-    balance = settings.balance
-    usage = set_price(router, embeddings, config.router.budget, balance=balance)
-    while not usage.all():  # an expert without prompts would be deployed for nothing
+    budget, balance = config.router.budget, settings.balance
+    usage = set_price(router, embeddings, budget, tolerance=inf, balance=balance)
+    while not usage.all() and balance < MOST_BALANCE:  # an expert without prompts is deployed for nothing
         balance = max(2 * balance, 0.01)
-        usage = set_price(router, embeddings, config.router.budget, balance=balance)
+        usage = set_price(router, embeddings, budget, tolerance=inf, balance=balance)
+    require_used(usage)
+    ratio = float((usage * router.costs).sum())
+    if abs(ratio / budget - 1) > TOLERANCE:  # the experts are trained: report it and use them
+        print(
+            f"[refit] at no price do the prompts cost {budget:g} of all MACs with these experts; nearest: {ratio:.3f}"
+        )
     routes = router.route_embeddings(embeddings)
     assert routes.losses is not None
     _publish(router, root)
@@ -73,6 +84,7 @@ def refit(config: RunConfig) -> dict[str, Any]:
         "codes": router.num_codes,
         "prompts": len(rows),
         "price": round(float(router.price), 4),
+        "MACs ratio": round(ratio, 4),
         "balance": round(balance, 4),
         "usage": [round(share, 6) for share in usage.tolist()],
         "predicted loss": round(float(routes.losses.gather(1, routes.indices[:, None]).mean()), 5),

@@ -64,25 +64,27 @@ def check_scoring(config: EvaluateConfig) -> None:
 
 @torch.no_grad()
 def row_losses(
-    config: EvaluateConfig, parts: PipelineParts, unet: nn.Module, held: HeldOut, rows: list[int]
+    config: EvaluateConfig, parts: PipelineParts, unet: nn.Module, held: HeldOut, rows: list[int], noise_number: int = 0
 ) -> Float[np.ndarray, " row"]:
-    """Each row's loss under `unet`, where that is, and the mean over `config.timesteps`."""
+    """Each row's loss under `unet`, where that is: the mean over `config.timesteps`, at its noise of that number."""
     device = next(unet.parameters()).device
     schedule, text_encoder = NoiseSchedule(parts.scheduler).to(device), parts.text_encoder.to(device)
     losses = []
     for batch in batches_of(rows, config.batch_size):
         latents = held.latents[batch].to(device)
         texts = encode_texts(parts.tokenizer, text_encoder, [held.captions[row] for row in batch])
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=row_generator(held.keys[row])) for row in batch])
+        generators = [row_generator(held.keys[row], noise_number) for row in batch]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
         at = [torch.full((len(batch),), timestep, device=device) for timestep in config.timesteps]
         each = [paired_denoising_loss(unet, schedule, latents, texts, noise.to(device), timesteps) for timesteps in at]
         losses.append(torch.stack(each).mean(0).cpu())
     return torch.cat(losses).numpy().astype(np.float64)
 
 
-def row_generator(key: str) -> torch.Generator:
-    """The noise of the row with this key."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+def row_generator(key: str, number: int = 0) -> torch.Generator:
+    """A noise of the row with this key."""
+    digest = hashlib.sha256(f"{number} {key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def batches_of(rows: list[Any], size: int) -> Iterator[list[Any]]:

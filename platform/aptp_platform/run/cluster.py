@@ -203,7 +203,7 @@ class LocalCluster:
         return environment | {"no_proxy": direct, "NO_PROXY": direct}
 
     def _wait(self) -> None:
-        """Wait until the head accepts jobs: the dashboard answers, and the node's agent, which shows that its raylet runs."""
+        """Wait until the head accepts jobs: its dashboard answers, and the agent, which shows that the raylet runs."""
         deadline = time.monotonic() + START_SECONDS
         urls = (f"{self.dashboard}/api/version", f"http://127.0.0.1:{self._agent_port}/api/local_raylet_healthz")
         with httpx.Client(headers=self.headers, timeout=2, trust_env=False) as client:

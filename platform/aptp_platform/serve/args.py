@@ -95,7 +95,7 @@ class RouterArgs(_Section):
         default=0.0, ge=0, description="for more prompts to come; while some are encoded the next gather anyway"
     )
     target_ms: float | None = Field(
-        default=None, gt=0, description="of an image; a prompt whose code would miss it goes to a neighbour with room"
+        default=None, gt=0, description="of an image; a prompt whose code would miss it goes to another with room"
     )
     status_s: float = Field(default=2.0, gt=0, description="how often the replicas are counted")
     attempts: int = Field(default=3, ge=1, description="runs of a request whose replicas die")

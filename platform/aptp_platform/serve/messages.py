@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-Reason = Literal["routed", "asked", "budget", "deadline", "overflow", "cold"]
+Reason = Literal["routed", "asked", "budget", "deadline", "price", "overflow", "cold"]
 MEDIA_TYPES: Final[dict[OutputFormat, str]] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AUTO = "auto"  # the model name that lets the router choose
 TEACHER = "teacher"
@@ -22,7 +22,8 @@ def code_name(index: int) -> str:
 class GenerationRequest:
     """A complete request for images: running it again gives the same images.
 
-    seeds: one per image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None.
+    seeds: one per image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None. price: the
+    predicted loss that all of the teacher's MACs would be worth, or None for the release's own.
     expires: seconds since the epoch after which it is not begun any more. compression: quality of jpeg and webp,
     0..100. num_previews: unfinished images wanted on the way. caller: the name of the API key it came with.
     """
@@ -36,6 +37,7 @@ class GenerationRequest:
     model: str = AUTO
     budget: float | None = None
     deadline_ms: float | None = None
+    price: float | None = None
     expires: float | None = None
     output_format: OutputFormat = "png"
     compression: int = 100
@@ -50,25 +52,52 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """A served model as a prompt's candidate: its cost, and what the prompt is predicted to lose by it.
+
+    loss: what is added to the teacher's denoising loss, 0 for the teacher; None from a router by similarity.
+    """
+
+    model: str
+    ratio: float
+    macs: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Choice:
     """Which model a request goes to, and why.
 
-    routed: the code that the router found nearest, even where the request went elsewhere. similarities: the prompt's,
-    to every code. margin: nearest minus second. ratio: the chosen model's share of the teacher's MACs; macs: of one
-    forward pass at the release's resolution. expected_ms: of one image, queue included; None before a model was timed.
+    routed: the code with the highest of `scores`, even where the request went elsewhere. margin: the highest minus the
+    second. similarities: the prompt's, to every code. price: that of the scores; None from a router by similarity.
+    predictions: one for every served model. ratio: the chosen model's share of the teacher's MACs; macs: of one forward
+    pass at the release's resolution. expected_ms: of one image, queue included; None before a model was timed.
     unknown: whether the prompt is unlike those of the training; None where the release cannot tell.
     """
 
     model: str
     routed: str
     reason: Reason
-    similarities: tuple[float, ...]
+    scores: tuple[float, ...]
     margin: float
+    similarities: tuple[float, ...]
+    predictions: tuple[Prediction, ...]
     ratio: float
     macs: float
+    price: float | None = None
     expected_ms: float | None = None
     familiarity: float | None = None
     unknown: bool | None = None
+
+    @property
+    def routing(self) -> Literal["need", "similarity"]:
+        """What the router decides by."""
+        return "similarity" if self.price is None else "need"
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """Of the chosen model."""
+        return next(each.loss for each in self.predictions if each.model == self.model)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class ShareSpec:
             config.share.objective,
             config.router.budget,
             null_states=encode_texts(parts.tokenizer, parts.text_encoder, [""])[0],
+            balance=config.prune.objective.balance,
         )
         for network in (student, parts.unet):
             compute_in(network, self.training.engine.precision)

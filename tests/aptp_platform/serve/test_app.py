@@ -50,7 +50,11 @@ def test_an_openai_client_gets_the_library_s_image_of_the_prompt_s_code(client: 
     assert (pixels - expected(library, PROMPTS[0], 5)).abs().max() <= 1
     route = library.router.route([PROMPTS[0]])
     assert answer.headers["x-aptp-code"] == f"code-{int(route.indices[0]):02d}"
-    assert float(answer.headers["x-aptp-margin"]) == pytest.approx(float(route.margins[0]), abs=1e-3)
+    assert route.losses is not None
+    assert float(answer.headers["x-aptp-margin"]) == pytest.approx(float(route.margins[0]), rel=1e-2)
+    assert float(answer.headers["x-aptp-predicted-loss"]) == pytest.approx(
+        float(route.losses[0, route.indices[0]]), rel=1e-2
+    )
     assert answer.headers["x-aptp-reason"] == "routed"
     assert float(answer.headers["x-aptp-ms"]) > 0
     assert answer.headers["x-request-id"]
@@ -123,16 +127,27 @@ def test_a_route_should_log_without_an_image(http: httpx.Client, library: AptpPi
     route = library.router.route([PROMPTS[1]])
     index = int(route.indices[0])
     assert (answer["model"], answer["reason"]) == (f"code-{index:02d}", "routed")
+    assert (answer["routing"], answer["price"]) == ("need", pytest.approx(float(library.router.price)))
+    assert route.losses is not None
+    losses = [*route.losses[0].tolist(), 0.0]
+    assert [model["predicted_loss"] for model in answer["models"]] == pytest.approx(losses, rel=1e-3)
+    assert [model["ratio"] for model in answer["models"]] == [*(code.ratio for code in release.codes), 1.0]
+    assert answer["predicted_loss"] == answer["models"][index]["predicted_loss"]
     assert answer["similarities"] == pytest.approx(route.similarities[0].tolist(), abs=1e-3)
     assert answer["ratio"] == release.codes[index].ratio
     assert answer["macs"] == release.codes[index].macs
 
 
-def test_a_budget_picks_the_largest_that_fits(http: httpx.Client, release: Release) -> None:
+def test_a_budget_and_a_price_pick_by_predicted_loss(http: httpx.Client, release: Release) -> None:
     ratios = [code.ratio for code in release.codes]
     for budget in (min(ratios), max(ratios), 1.0):
         answer = http.post("/v1/route", json={"prompt": "a cat", "budget": budget}).json()
-        assert answer["ratio"] == max(ratio for ratio in [*ratios, 1.0] if ratio <= budget)
+        fitting = [model["predicted_loss"] for model in answer["models"] if model["ratio"] <= budget]
+        assert (answer["predicted_loss"], answer["reason"]) == (min(fitting), "budget")
+    best, cheapest = (http.post("/v1/route", json={"prompt": "a cat", "price": price}).json() for price in (0, 1e9))
+    assert best["predicted_loss"] == min(model["predicted_loss"] for model in best["models"][:-1])
+    assert (cheapest["ratio"], cheapest["reason"]) == (min(ratios), "price")
+    assert best["model"] != cheapest["model"]
     refused = http.post("/v1/route", json={"prompt": "a cat", "budget": min(ratios) / 2})
     assert refused.status_code == 422
     assert refused.headers["x-should-retry"] == "false"
@@ -187,6 +202,10 @@ def test_decisions_are_logged_and_can_be_replayed(client: Any, args: ServeArgs, 
     (line,) = (each for each in lines if each["prompt"] == "a prompt of its own")
     assert line["request_id"] == answer.headers["x-request-id"]
     assert (line["model"], line["images"], line["outcome"]) == (answer.headers["x-aptp-code"], 2, "ok")
+    assert set(line["predicted_loss"]) == {"code-00", "code-01", "teacher"}
+    assert line["predicted_loss"][line["model"]] == pytest.approx(
+        float(answer.headers["x-aptp-predicted-loss"]), rel=1e-3
+    )
     told = replay([folder], ReleaseSource(str(release.path)))
     assert (told.replayed, told.changed, told.broken) == (len(lines), 0, 0)
 
@@ -254,6 +273,9 @@ def test_the_page_in_a_browser(url: str, tmp_path: Path) -> None:
         )
         page.wait("document.querySelectorAll('#map .prompt').length === 10")
         assert page.evaluate("document.querySelector('.row.chosen button').textContent") == captions[0]
+        lost = page.evaluate("[...document.querySelectorAll('figure .loss')].map(row => row.textContent)")
+        assert [each.split()[0] for each in lost] == ["code-00", "code-01", "full"]
+        assert page.evaluate("document.querySelector('figure .loss.chosen').textContent").startswith(captions[0])
         page.evaluate("document.querySelectorAll('#codes .row:not(.head) button')[1].click()")
         assert page.evaluate("document.getElementById('budgetText').textContent") == "code-01"
         page.evaluate("document.getElementById('prompt').value = 'a red cat\\u0001'")

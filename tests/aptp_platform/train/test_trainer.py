@@ -76,7 +76,7 @@ def test_the_stages_learn_and_publish(pruned: tuple[RunConfig, dict[str, Any]]) 
         ({"budget": 0.05}, {}, r"router.budget: 0.05: this UNet cannot be pruned below 0\.\d+ of its MACs"),
         (
             {},
-            {"workers": 99},
+            {"workers": 99, "batch_size": 99},
             "prune.run.workers: 99: with prune.run.cpus_per_worker 0.5 they need 49.5 CPU and 0.05 for the tasks",
         ),
         (

@@ -249,10 +249,12 @@ def _headers(choice: Choice, begun: float, images: list[ImageResult] | None = No
         "x-aptp-routed-code": choice.routed,
         "x-aptp-reason": choice.reason,
         "x-aptp-macs-ratio": f"{choice.ratio:.4f}",
-        "x-aptp-margin": f"{choice.margin:.4f}",
+        "x-aptp-margin": f"{choice.margin:.4g}",
         "x-aptp-ms": f"{total_ms:.1f}",
         "openai-processing-ms": f"{total_ms:.0f}",
     }
+    if choice.predicted_loss is not None:
+        headers["x-aptp-predicted-loss"] = f"{choice.predicted_loss:.4g}"
     if images:
         queue, denoise = (max(getattr(each, name) for each in images) for name in ("queue_ms", "denoise_ms"))
         headers["server-timing"] = f"queue;dur={queue:.1f}, denoise;dur={denoise:.1f}, total;dur={total_ms:.1f}"

@@ -1,7 +1,7 @@
 """The OpenAI Images wire format: what a body may say, what answers and errors look like.
 
-Ours beside theirs, in requests: seed, negative_prompt, num_inference_steps, guidance_scale, budget, deadline_ms (an SDK
-sends them as `extra_body`); in answers: `seed` of each image and the object `aptp`.
+Ours beside theirs, in requests: seed, negative_prompt, num_inference_steps, guidance_scale, budget, deadline_ms, price
+(an SDK sends them as `extra_body`); in answers: `seed` of each image and the object `aptp`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class RouteRequest(BaseModel):
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     budget: float | None = Field(default=None, gt=0, le=1, description="share of the teacher's MACs")
     deadline_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    price: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="predicted loss that all of the teacher's MACs are worth"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -159,6 +162,7 @@ def to_generation_request(
         model=body.model,
         budget=body.budget,
         deadline_ms=body.deadline_ms,
+        price=body.price,
         expires=None if body.deadline_ms is None else time.time() + body.deadline_ms / 1e3,
         output_format=images.output_format,
         compression=images.output_compression,
@@ -227,8 +231,18 @@ def stream_event(request: GenerationRequest, image: ImageResult) -> tuple[str, d
 def choice_json(choice: Choice) -> dict[str, Any]:
     """A choice as `aptp` in an answer and as the body of `/v1/route`'s."""
     data = asdict(choice)
-    data["similarities"] = [round(value, 6) for value in choice.similarities]
-    return data
+    for name in ("scores", "similarities"):
+        data[name] = [round(value, 8) for value in data[name]]
+    data["models"] = [
+        {"id": each.model, "ratio": each.ratio, "macs": each.macs, "predicted_loss": _rounded(each.loss)}
+        for each in choice.predictions
+    ]
+    del data["predictions"]
+    return {**data, "routing": choice.routing, "predicted_loss": _rounded(choice.predicted_loss)}
+
+
+def _rounded(loss: float | None) -> float | None:
+    return None if loss is None else round(loss, 8)
 
 
 def models_response(catalog: Catalog, created: int) -> dict[str, Any]:

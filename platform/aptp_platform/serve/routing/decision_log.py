@@ -36,6 +36,8 @@ class DecisionLog:
         """outcome: ok, refused, cancelled or failed."""
         if self._handler is None:
             return
+        losses = {each.model: round(each.loss, 8) for each in choice.predictions if each.loss is not None}
+        similarities = [round(value, 5) for value in choice.similarities]
         line = {
             "time": round(time.time(), 3),
             "request_id": request.request_id,
@@ -46,13 +48,16 @@ class DecisionLog:
             "model": choice.model,
             "routed": choice.routed,
             "reason": choice.reason,
-            "similarities": [round(value, 5) for value in choice.similarities],
-            "margin": round(choice.margin, 5),
+            "routing": choice.routing,
+            "predicted_loss": None if choice.routing == "similarity" else losses,
+            "similarities": similarities if choice.routing == "similarity" else None,
+            "margin": round(choice.margin, 8),
             "unknown": choice.unknown,
             "macs": choice.macs,
             "ratio": choice.ratio,
             "budget": request.budget,
             "deadline_ms": request.deadline_ms,
+            "price": request.price,
             "images": len(request.seeds),
             "num_inference_steps": request.num_inference_steps,
             "outcome": outcome,

@@ -11,7 +11,7 @@ from aptp_platform.serve.messages import Choice, ImageResult
 from aptp_platform.serve.routing.drift import Drift
 
 _SECONDS: Final = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
-_MARGINS: Final = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
+_MARGINS: Final = [1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 
 
 def _keys(*names: str) -> Any:
@@ -25,8 +25,12 @@ class RouterMetrics:
     def __init__(self) -> None:
         self._requests = Counter("aptp_requests_total", "Requests by outcome.", _keys("expert", "outcome"))
         self._routes = Counter("aptp_route_total", "Requests by code and reason.", _keys("code", "reason"))
-        self._overflow = Counter("aptp_overflow_total", "Requests that went to a neighbour code.", _keys("from", "to"))
-        self._margin = Histogram("aptp_route_confidence", "Nearest similarity minus the second.", _MARGINS)
+        self._overflow = Counter(
+            "aptp_overflow_total", "Requests whose code had no room, by stand-in.", _keys("from", "to")
+        )
+        self._margin = Histogram(
+            "aptp_route_confidence", "Best score minus the second, in loss or similarity.", _MARGINS
+        )
         self._latency = Histogram("aptp_request_latency_seconds", "By phase.", _SECONDS, _keys("expert", "phase"))
         self._macs = Counter("aptp_macs_total", "Multiply-adds of the UNet, guidance included.", ("expert",))
         self._drift = Gauge("aptp_route_drift", "Distance of the recent codes from the training shares, 0 to 1.")

@@ -13,9 +13,17 @@ from aptp.router import Router
 
 @dataclass(frozen=True)
 class PromptScores:
-    """What the router computes for a prompt. similarities: to each code, in the catalog's order."""
+    """What the router computes for a prompt, for each code in the catalog's order.
 
+    scores: their highest is the prompt's code. similarities: what places the prompt on the map. losses: what the prompt
+    is predicted to lose by each code, and price: what the scores take one unit of a code's MACs ratio to be worth in
+    loss; both None where the router decides by similarity.
+    """
+
+    scores: tuple[float, ...]
     similarities: tuple[float, ...]
+    losses: tuple[float, ...] | None = None
+    price: float | None = None
     familiarity: float | None = None
     unknown: bool | None = None
 
@@ -24,11 +32,20 @@ def score_prompts(router: Router, prompts: Sequence[str], familiar: float | None
     """Encode and route prompts; familiar: as in `Catalog`."""
     assert router.encoder is not None  # a release without one is not published
     embeddings = router.encoder.encode(prompts).to(router.bias.device)
-    similarities = router.route_embeddings(embeddings).scores.tolist()
-    familiarity = router.familiarity(embeddings).tolist()
+    routes = router.route_embeddings(embeddings)
+    losses = [None] * len(prompts) if routes.losses is None else [tuple(row) for row in routes.losses.tolist()]
+    price = None if routes.losses is None else float(router.price)
     return [
-        PromptScores(tuple(row), known, None if familiar is None else known < familiar)
-        for row, known in zip(similarities, familiarity, strict=True)
+        PromptScores(
+            tuple(scores), tuple(similarities), lost, price, known, None if familiar is None else known < familiar
+        )
+        for scores, similarities, lost, known in zip(
+            routes.scores.tolist(),
+            routes.similarities.tolist(),
+            losses,
+            router.familiarity(embeddings).tolist(),
+            strict=True,
+        )
     ]
 
 

@@ -74,7 +74,7 @@ class Replay:
 def replay(places: Sequence[Path], source: ReleaseSource, prompts: Iterable[str] = ()) -> Replay:
     """Routes the prompts of logged decisions with the router of a release.
 
-    Budgets and asked-for models count; queues and deadlines do not, since yesterday's load is not known.
+    Budgets, prices and asked-for models count; queues and deadlines do not, since yesterday's load is not known.
 
     Args:
         places: log files, or folders of them.
@@ -99,9 +99,8 @@ def replay(places: Sequence[Path], source: ReleaseSource, prompts: Iterable[str]
 def _compare(line: dict[str, Any], prompt: str, scores: PromptScores, catalog: Catalog, result: Replay) -> None:
     steps, images = line["num_inference_steps"], line["images"]
     model = line["model"] if line["reason"] == "asked" else AUTO
-    request = GenerationRequest(
-        prompt, tuple(range(images)), steps, 0.0, catalog.size, model=model, budget=line["budget"]
-    )
+    wishes = {"budget": line["budget"], "price": line["price"]}
+    request = GenerationRequest(prompt, tuple(range(images)), steps, 0.0, catalog.size, model=model, **wishes)
     try:
         choice = choose(request, scores, Situation(catalog, dict.fromkeys((each.name for each in catalog.models), 1)))
     except ApiError:
@@ -138,6 +137,7 @@ def _lines(places: Sequence[Path], result: Replay) -> Iterator[dict[str, Any]]:
                 try:
                     line = json.loads(text)
                     decision = {name: line[name] for name in _READ}
+                    decision["price"] = line.get("price")  # logs of older servers know none
                 except (ValueError, KeyError, TypeError):
                     result.broken += 1
                 else:

@@ -216,7 +216,7 @@ class Router:
         return choices
 
     def _wake(self, model: str) -> None:
-        """Starts a replica of a code that has none, while its neighbours serve it."""
+        """Starts a replica of a code that has none, while others stand in for it."""
 
         async def wake() -> None:
             with suppress(ApiError):

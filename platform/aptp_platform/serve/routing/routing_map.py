@@ -29,14 +29,14 @@ def code_map(router: Router, prompts: Sequence[str]) -> CodeMap:
         if values[index] > 1e-9:
             axes[axis], lengths[axis] = vectors[:, index], values[index].sqrt()
     projection = axes @ centring / lengths.clamp(min=1e-9)[:, None]
-    offset = gram.mean(0) + router.bias.double().cpu()
+    offset = gram.mean(0)
     found = score_prompts(router, prompts, None) if prompts else []
     similarities = torch.tensor([each.similarities for each in found], dtype=gram.dtype).reshape(len(found), count)
     places = ((similarities - offset) @ projection.T).tolist()
     return CodeMap(
         codes=tuple((x, y) for x, y in (axes * lengths[:, None]).T.tolist()),
         prompts=tuple(
-            MappedPrompt(prompt, each.similarities.index(max(each.similarities)), (place[0], place[1]))
+            MappedPrompt(prompt, each.scores.index(max(each.scores)), (place[0], place[1]))
             for prompt, each, place in zip(prompts, found, places, strict=True)
         ),
         projection=(tuple(projection[0].tolist()), tuple(projection[1].tolist())),

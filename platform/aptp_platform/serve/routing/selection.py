@@ -1,4 +1,4 @@
-"""Which model a request goes to: a pure function of the router's similarities, the release's facts and the load."""
+"""Which model a request goes to: a pure function of the router's scores, the release's facts and the load."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from aptp_platform.serve.messages import (
     GenerationRequest,
     ModelFacts,
     ModelLoad,
+    Prediction,
     Reason,
 )
 from aptp_platform.serve.routing.overflow import place
@@ -26,7 +27,7 @@ class Situation:
     """What a decision rests on besides the prompt.
 
     batch_sizes: images that one replica of each model makes at once. target_ms: an image that would take longer at its
-    nearest code goes to a neighbour with room; None: only a code without a replica is left alone.
+    best code goes to another with room; None: only a code without a replica is left alone.
     """
 
     catalog: Catalog
@@ -78,12 +79,13 @@ def decide(
     requests: Sequence[GenerationRequest], scores: Sequence[PromptScores], situation: Situation
 ) -> list[Choice | ApiError]:
     """The choices of requests that arrived together; those that leave the model to the router share the codes' room."""
-    free = [i for i, o in enumerate(requests) if o.model == AUTO and o.budget is None and o.deadline_ms is None]
+    free = [index for index, request in enumerate(requests) if request.model == AUTO and not _has_wishes(request)]
     homes: dict[int, ModelFacts] = {}
     if free:
         codes = situation.catalog.codes
         rooms = [min(situation.room(requests[index], code) for index in free) for code in codes]
-        placed = place([scores[index].similarities for index in free], [code.ratio for code in codes], rooms)
+        losses = [lost for index in free if (lost := scores[index].losses) is not None]
+        placed = place([scores[index].scores for index in free], [code.ratio for code in codes], rooms, losses or None)
         homes = {index: codes[code] for index, code in zip(free, placed, strict=True)}
     answers: list[Choice | ApiError] = []
     for index, request in enumerate(requests):
@@ -99,41 +101,83 @@ def choose(
 ) -> Choice:
     """The model of a request.
 
-    A model that was asked for is taken, if it fits. Under a budget or a deadline it is the largest model that fits, of
-    equally large ones the nearest to the prompt. Else it is the nearest code, or where `decide` placed the request.
+    A model that was asked for is taken, if it fits. Under a budget or a deadline it is the best of the models that fit,
+    the teacher among them; with a price alone, the best code at that price (`_best`). Else it is the code with the
+    highest score, or where `decide` placed the request.
 
     Raises:
-        ApiError: 404 when this release has no such model (during a rollout the ingress may know one that has), 422 when
-            no model can fit, with the cheapest offer; 429 when one could if its queue were shorter.
+        ApiError: 400 for a price where the router predicts no losses; 404 when this release has no such model (during
+            a rollout the ingress may know one that has), 422 when no model can fit, with the cheapest offer; 429 when
+            one could if its queue were shorter.
     """
-    catalog, similarities = situation.catalog, scores.similarities
-    ranked = sorted(similarities, reverse=True)
-    routed = catalog.codes[similarities.index(ranked[0])]
+    catalog = situation.catalog
+    ranked = sorted(scores.scores, reverse=True)
+    routed = catalog.codes[scores.scores.index(ranked[0])]
     candidates = [model for model in catalog.models if request.model in (AUTO, model.name)]
     if not candidates:
         raise ApiError(404, f"The model {request.model!r} does not exist.", code="model_not_found", param="model")
+    if request.price is not None and scores.losses is None:
+        message = (
+            f"Invalid 'price': release {catalog.release} routes by similarity, so there is no predicted loss to weigh "
+            "a price against; send 'budget' or 'deadline_ms'."
+        )
+        raise ApiError(400, message, code="invalid_value", param="price")
     reason: Reason = "routed" if request.model == AUTO else "asked"
     chosen = routed if request.model == AUTO else candidates[0]
     if placed is not None and placed != routed:
         chosen, reason = placed, "cold" if situation.is_cold(routed.name) else "overflow"
-    if request.budget is not None or request.deadline_ms is not None:
+    if _has_wishes(request):
         fitting = _within_deadline(request, _within_budget(request, candidates), situation)
-        nearness = {code.name: value for code, value in zip(catalog.codes, similarities, strict=True)}
-        chosen = max(fitting, key=lambda model: (round(model.ratio, 2), nearness.get(model.name, ranked[0])))
         if request.model == AUTO:
-            reason = "budget" if request.deadline_ms is None else "deadline"
+            reason = _wish(request)
+            fitting = [model for model in fitting if reason != "price" or model.name != TEACHER]
+        chosen = _best(request, fitting, scores, catalog)
     return Choice(
         model=chosen.name,
         routed=routed.name,
         reason=reason,
-        similarities=similarities,
+        scores=scores.scores,
         margin=ranked[0] - ranked[1] if len(ranked) > 1 else 0.0,
+        similarities=scores.similarities,
+        predictions=_predictions(scores, catalog),
         ratio=chosen.ratio,
         macs=chosen.macs,
+        price=scores.price,
         expected_ms=situation.expected_ms(request, chosen),
         familiarity=scores.familiarity,
         unknown=scores.unknown,
     )
+
+
+def _has_wishes(request: GenerationRequest) -> bool:
+    """Whether it says what the image may cost: such a request waits for the model that it gets."""
+    return any(wish is not None for wish in (request.budget, request.deadline_ms, request.price))
+
+
+def _wish(request: GenerationRequest) -> Reason:
+    if request.deadline_ms is not None:
+        return "deadline"
+    return "price" if request.budget is None else "budget"
+
+
+def _best(
+    request: GenerationRequest, fitting: Sequence[ModelFacts], scores: PromptScores, catalog: Catalog
+) -> ModelFacts:
+    """The least predicted loss + price x ratio, of equals the cheapest. A limit alone comes at price 0: within it, cost
+    does not matter. Without predictions the largest model, of equals the one with the highest score."""
+    if scores.losses is None:
+        nearness = {code.name: value for code, value in zip(catalog.codes, scores.scores, strict=True)}
+        return max(fitting, key=lambda model: (round(model.ratio, 2), nearness.get(model.name, max(scores.scores))))
+    price = request.price or 0.0
+    losses = {each.model: each.loss or 0.0 for each in _predictions(scores, catalog)}
+    return min(fitting, key=lambda model: (losses[model.name] + price * model.ratio, model.ratio, losses[model.name]))
+
+
+def _predictions(scores: PromptScores, catalog: Catalog) -> tuple[Prediction, ...]:
+    lost = {TEACHER: None if scores.losses is None else 0.0}
+    if scores.losses is not None:
+        lost.update({code.name: value for code, value in zip(catalog.codes, scores.losses, strict=True)})
+    return tuple(Prediction(each.name, each.ratio, each.macs, lost.get(each.name)) for each in catalog.models)
 
 
 def _within_budget(request: GenerationRequest, candidates: Sequence[ModelFacts]) -> Sequence[ModelFacts]:

@@ -23,10 +23,12 @@ from aptp_platform.serve.messages import (
     ImageResult,
     ModelFacts,
     ModelLoad,
+    Prediction,
 )
 
 MODELS = (ModelFacts("code-00", 0.5, 5e8, 10, 1.0), ModelFacts(TEACHER, 1.0, 1e9, None, None))
 CATALOG = Catalog("0123456789ab", (16, 16), MODELS)
+PREDICTIONS = tuple(Prediction(model.name, model.ratio, model.macs, None) for model in MODELS)
 IMAGE = {"prompt": "a cat", "num_inference_steps": 10, "guidance_scale": 0}  # ten passes: 5e9 of code-00
 
 
@@ -38,7 +40,7 @@ class CheapGateway:
     async def route(self, request: GenerationRequest) -> Choice:
         if self.refuses:
             raise ApiError(self.refuses, "no", code="no")
-        return Choice("code-00", "code-00", "routed", (1.0,), 0.0, 0.5, 5e8)
+        return Choice("code-00", "code-00", "routed", (1.0,), 0.0, (1.0,), PREDICTIONS, 0.5, 5e8)
 
     async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]:
         return await self.route(request), [ImageResult(b"", seed, 1, 0.0, 0.0, 1) for seed in request.seeds]

@@ -1,13 +1,30 @@
 """The wire format: legal bodies become requests; each illegal one gets its status, code and parameter."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from aptp_platform.serve.args import ImageArgs
-from aptp_platform.serve.http.openai import ImageRequest, RouteRequest, error_body, parse_request, to_generation_request
-from aptp_platform.serve.messages import TEACHER, ApiError, Catalog, GenerationRequest, ModelFacts, code_name
+from aptp_platform.serve.http.openai import (
+    ImageRequest,
+    RouteRequest,
+    choice_json,
+    error_body,
+    parse_request,
+    to_generation_request,
+)
+from aptp_platform.serve.messages import (
+    TEACHER,
+    ApiError,
+    Catalog,
+    Choice,
+    GenerationRequest,
+    ModelFacts,
+    Prediction,
+    code_name,
+)
 
 CATALOG = Catalog(
     "0123456789ab",
@@ -60,11 +77,13 @@ def test_everything_openai_and_we_know_is_understood() -> None:
             "guidance_scale": 0,
             "budget": 0.9,
             "deadline_ms": 2000,
+            "price": 0,
         }
     )
     assert made.seeds == (4294967295, 0, 1), "seeds count up, and around"
     assert (made.size, made.output_format, made.compression) == ((64, 96), "webp", 70)
-    assert (made.budget, made.deadline_ms, made.guidance_scale, made.negative_prompt) == (0.9, 2000, 0, "fog")
+    assert (made.budget, made.deadline_ms, made.price) == (0.9, 2000, 0)
+    assert (made.guidance_scale, made.negative_prompt) == (0, "fog")
 
 
 def test_null_means_absent() -> None:
@@ -110,6 +129,9 @@ def test_null_means_absent() -> None:
         ({"prompt": "a", "budget": 0}, 400, "invalid_value", "budget"),
         ({"prompt": "a", "budget": 1.5}, 400, "invalid_value", "budget"),
         ({"prompt": "a", "deadline_ms": float("nan")}, 400, "invalid_value", "deadline_ms"),
+        ({"prompt": "a", "price": -0.1}, 400, "invalid_value", "price"),
+        ({"prompt": "a", "price": float("inf")}, 400, "invalid_value", "price"),
+        ({"prompt": "a", "price": "cheapest"}, 400, "invalid_type", "price"),
         ({"prompt": "a", "output_format": "gif"}, 400, "invalid_value", "output_format"),
         ({"prompt": "a", "output_compression": 101}, 400, "invalid_value", "output_compression"),
         ({"prompt": "a", "response_format": "path"}, 400, "invalid_value", "response_format"),
@@ -140,6 +162,25 @@ def test_a_route_request_orders_no_images() -> None:
     assert (made.prompt, made.budget) == ("a cat", 0.6)
     with pytest.raises(ApiError):
         parse_request(RouteRequest, b'{"prompt": "a cat", "n": 2}')
+
+
+def test_an_answer_tells_what_each_model_is_predicted_to_lose_and_costs() -> None:
+    predictions = tuple(
+        Prediction(model.name, model.ratio, model.macs, loss)
+        for model, loss in zip(CATALOG.models, (0.02, 0.01, 0.0), strict=True)
+    )
+    choice = Choice("code-01", "code-00", "overflow", (-0.03, -0.04), 0.01, (1.0, 0.9), predictions, 0.75, 7.5e8, 0.02)
+    told = choice_json(choice)
+    assert (told["routing"], told["price"], told["predicted_loss"]) == ("need", 0.02, 0.01)
+    assert told["models"] == [
+        {"id": "code-00", "ratio": 0.5, "macs": 5e8, "predicted_loss": 0.02},
+        {"id": "code-01", "ratio": 0.75, "macs": 7.5e8, "predicted_loss": 0.01},
+        {"id": "teacher", "ratio": 1.0, "macs": 1e9, "predicted_loss": 0.0},
+    ]
+    old = replace(choice, price=None, predictions=tuple(replace(each, loss=None) for each in predictions))
+    told = choice_json(old)
+    assert (told["routing"], told["price"], told["predicted_loss"]) == ("similarity", None, None)
+    assert {model["predicted_loss"] for model in told["models"]} == {None}
 
 
 def test_the_error_object_has_all_four_keys() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from aptp_platform.serve.routing.overflow import place
+from aptp_platform.serve.routing.overflow import MOST_LOSS, place
 
 EQUAL = (0.5, 0.5, 0.5)
 
@@ -25,6 +25,35 @@ def test_nobody_goes_to_a_smaller_code() -> None:
 def test_who_finds_no_room_waits_at_home() -> None:
     assert place([(0.9, 0.8, 0.1)], (0.7, 0.5, 0.6), (0, 5, 5)) == [0]
     assert place([(0.9, 0.8, 0.1)] * 2, EQUAL, (0, 0, 0)) == [0, 0]
+
+
+def test_by_predicted_loss_a_smaller_code_may_stand_in_and_a_bad_one_may_not() -> None:
+    losses = [(1.0, MOST_LOSS - 0.01, MOST_LOSS + 0.01)]
+    assert place([(0.9, 0.7, 0.8)], (0.7, 0.5, 0.9), (0, 1, 1), losses) == [1], "code 2 would cost less score"
+    assert place([(0.9, 0.7, 0.8)], (0.7, 0.5, 0.9), (0, 0, 1), losses) == [0], "it waits at home"
+    assert place([(0.9, 0.7, 0.8)], (0.7, 0.5, 0.9), (0, 1, 1)) == [2], "by similarity, size decides what may"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_small_losses_are_weighed_exactly_among_the_codes_that_may_stand_in(seed: int) -> None:
+    """Seats as below, and one at home for each prompt at the price of waiting, which outweighs all that can be lost."""
+    rng = np.random.default_rng(seed)
+    losses = 1e-5 * (1 + 0.2 * rng.random((12, 4)))
+    scores = -losses - 2e-6 * rng.random(4)
+    rooms = np.array([5, 3, 2, 1])
+    home = scores.argmax(1)
+    ours = np.array(place(scores.tolist(), (0.5,) * 4, rooms.tolist(), losses.tolist()))
+    rows = np.arange(12)
+    assert (losses[rows, ours] <= MOST_LOSS * losses[rows, home]).all()
+
+    lost = scores.max(1)[:, None] - scores
+    lost[losses > MOST_LOSS * losses[rows, home][:, None]] = 1.0
+    seats = np.repeat(np.arange(4), rooms)
+    best, columns = linear_sum_assignment(np.hstack([lost[:, seats], np.full((12, 12), 0.1)]))
+    waiting = np.maximum(np.bincount(ours, minlength=4) - rooms, 0).sum()
+    assert waiting == (columns >= len(seats)).sum()
+    placed = sum(lost[row, seats[column]] for row, column in zip(best, columns, strict=True) if column < len(seats))
+    assert lost[rows, ours].sum() == pytest.approx(placed, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(8))

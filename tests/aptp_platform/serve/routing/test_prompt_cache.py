@@ -10,13 +10,13 @@ def test_a_prompt_is_scored_once_while_it_is_cached() -> None:
 
     def score(prompts: list[str]) -> list[PromptScores]:
         asked.append(prompts)
-        return [PromptScores((float(len(prompt)),)) for prompt in prompts]
+        return [PromptScores((float(len(prompt)),), ()) for prompt in prompts]
 
     async def main() -> None:
         cache = RoutingCache(score, size=2)
 
         async def lengths(*prompts: str) -> list[float]:
-            return [scores.similarities[0] for scores in await cache(prompts)]
+            return [scores.scores[0] for scores in await cache(prompts)]
 
         assert await lengths("a", "bbb", "a") == [1, 3, 1]
         assert await lengths("bbb", "cc") == [3, 2]

@@ -1,4 +1,4 @@
-"""Which model a request goes to: the nearest code, the one asked for, or the largest that fits budget and deadline."""
+"""Which model a request goes to: the best code, the one asked for, or the best that fits budget, deadline and price."""
 
 import pickle
 from dataclasses import replace
@@ -22,7 +22,22 @@ CATALOG = Catalog(
 IDLE = Situation(CATALOG, {model.name: 4 for model in CATALOG.models})
 TIMED = replace(IDLE, loads={"code-00": ModelLoad(0, 10.0)})  # 20 ms a step for the teacher's MACs
 REQUEST = GenerationRequest("a cat", (1,), num_inference_steps=10, guidance_scale=7.5, size=(64, 64))
-NEAR_0 = PromptScores((0.9, 0.5, 0.7))
+
+
+def by_similarity(*values: float) -> PromptScores:
+    """Of a router that predicts no losses."""
+    return PromptScores(values, values)
+
+
+def by_need(*losses: float, price: float = 0.5) -> PromptScores:
+    """Of a router that does; every similarity is the same."""
+    scores = (-loss - price * code.ratio for loss, code in zip(losses, CATALOG.codes, strict=True))
+    return PromptScores(tuple(scores), (0.5,) * len(losses), losses, price)
+
+
+NEAR_0 = by_similarity(0.9, 0.5, 0.7)
+EASY = by_need(0.12, 0.04, 0.03)  # at its price code-00, the cheapest
+HARD = by_need(0.60, 0.20, 0.35)  # code-01
 
 
 def test_the_nearest_code_is_the_choice_and_the_margin_its_lead() -> None:
@@ -35,7 +50,7 @@ def test_the_nearest_code_is_the_choice_and_the_margin_its_lead() -> None:
 
 def test_a_single_code_has_no_margin() -> None:
     alone = replace(IDLE, catalog=replace(CATALOG, models=CATALOG.models[:1]))
-    assert choose(REQUEST, PromptScores((0.9,)), alone).margin == 0.0
+    assert choose(REQUEST, by_similarity(0.9), alone).margin == 0.0
 
 
 def test_a_model_that_is_asked_for_is_taken_and_the_route_should_log() -> None:
@@ -87,6 +102,73 @@ def test_a_queue_counts_and_makes_the_refusal_a_temporary_one() -> None:
     assert (caught.value.status, caught.value.retry) == (422, False)
 
 
+def test_by_need_the_choice_says_what_each_model_is_predicted_to_lose() -> None:
+    choice = choose(REQUEST, EASY, IDLE)
+    assert (choice.model, choice.reason, choice.routing, choice.price) == ("code-00", "routed", "need", 0.5)
+    assert choice.margin == pytest.approx(0.03 + 0.5 * 0.8 - 0.12 - 0.5 * 0.5)
+    assert [(each.model, each.ratio, each.loss) for each in choice.predictions] == [
+        ("code-00", 0.5, 0.12),
+        ("code-01", 0.8, 0.04),
+        ("code-02", 0.8, 0.03),
+        (TEACHER, 1.0, 0.0),
+    ]
+    assert choice.predicted_loss == 0.12
+    assert choose(replace(REQUEST, model=TEACHER), EASY, IDLE).predicted_loss == 0
+
+    old = choose(REQUEST, NEAR_0, IDLE)
+    assert (old.routing, old.price, old.predicted_loss) == ("similarity", None, None)
+    assert {each.loss for each in old.predictions} == {None}
+
+
+@pytest.mark.parametrize(
+    ("losses", "budget", "model"),
+    [
+        ((0.12, 0.04, 0.03), 0.79, "code-00"),
+        ((0.12, 0.04, 0.03), 0.8, "code-02"),
+        ((0.02, 0.04, 0.03), 0.8, "code-00"),
+        ((0.03, 0.03, 0.03), 0.8, "code-00"),
+        ((0.12, 0.04, 0.03), 1.0, TEACHER),
+    ],
+)
+def test_by_need_a_budget_takes_the_least_predicted_loss_and_the_cheapest_of_equals(
+    losses: tuple[float, ...], budget: float, model: str
+) -> None:
+    choice = choose(replace(REQUEST, budget=budget), by_need(*losses), IDLE)
+    assert (choice.model, choice.reason) == (model, "budget")
+
+
+def test_by_need_a_deadline_takes_the_least_predicted_loss_of_those_in_time() -> None:
+    assert choose(replace(REQUEST, deadline_ms=160), by_need(0.12, 0.04, 0.05), TIMED).model == "code-01"
+    assert choose(replace(REQUEST, deadline_ms=160), by_need(0.02, 0.04, 0.05), TIMED).model == "code-00"
+    assert choose(replace(REQUEST, deadline_ms=500), by_need(0.02, 0.04, 0.05), TIMED).model == TEACHER
+
+
+@pytest.mark.parametrize("scores", [EASY, HARD])
+def test_a_higher_price_never_means_a_dearer_code(scores: PromptScores) -> None:
+    prices = [0.0, *(0.01 * 2**step for step in range(20)), 1e300]
+    chosen = [choose(replace(REQUEST, price=price), scores, IDLE) for price in prices]
+    assert {(each.reason, each.routed, each.price) for each in chosen} == {("price", chosen[0].routed, 0.5)}
+    assert [each.ratio for each in chosen] == sorted((each.ratio for each in chosen), reverse=True)
+    assert scores.losses is not None
+    assert chosen[0].predicted_loss == min(scores.losses), "of the experts; the teacher takes a budget or its name"
+    assert chosen[-1].model == "code-00"
+
+
+def test_at_the_release_s_own_price_a_request_gets_the_router_s_code() -> None:
+    assert [choose(replace(REQUEST, price=0.5), each, IDLE).model for each in (EASY, HARD)] == ["code-00", "code-01"]
+
+
+def test_a_price_counts_within_a_limit() -> None:
+    cheap, dear = (choose(replace(REQUEST, budget=1.0, price=price), HARD, IDLE) for price in (2.0, 0.0))
+    assert (cheap.model, cheap.reason, dear.model) == ("code-00", "budget", TEACHER)
+
+
+def test_a_price_without_predicted_losses_is_refused() -> None:
+    with pytest.raises(ApiError, match="release 0123456789ab routes by similarity") as caught:
+        choose(replace(REQUEST, price=0.0), NEAR_0, IDLE)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_value", "price")
+
+
 def test_long_orders_before_it_count_as_long() -> None:
     place_free = replace(IDLE, loads={"code-00": ModelLoad(3, 10.0, steps=300)})
     full = replace(IDLE, loads={"code-00": ModelLoad(4, 10.0, steps=400)})
@@ -98,13 +180,25 @@ def test_long_orders_before_it_count_as_long() -> None:
 def test_a_busy_code_overflows_to_the_nearest_of_its_size_with_room() -> None:
     """10 steps of 10 ms at code-00 and a target of 250 ms: two waves of four."""
     busy = replace(TIMED, target_ms=250, loads={"code-00": ModelLoad(8, 10.0, 1), "code-01": ModelLoad(4, 16.0, 1)})
-    (choice,) = decide([REQUEST], [PromptScores((0.9, 0.8, 0.7))], busy)
+    (choice,) = decide([REQUEST], [by_similarity(0.9, 0.8, 0.7)], busy)
     assert isinstance(choice, Choice)
     assert (choice.model, choice.routed, choice.reason) == ("code-02", "code-00", "overflow"), "code-01 is full too"
     twice = replace(busy, loads={**busy.loads, "code-00": ModelLoad(8, 10.0, replicas=2)})
-    (choice,) = decide([REQUEST], [PromptScores((0.9, 0.8, 0.7))], twice)
+    (choice,) = decide([REQUEST], [by_similarity(0.9, 0.8, 0.7)], twice)
     assert isinstance(choice, Choice)
     assert choice.reason == "routed", "a second replica is room"
+
+
+def test_by_need_a_busy_code_overflows_to_what_loses_about_as_little() -> None:
+    full = replace(TIMED, target_ms=250, loads={"code-02": ModelLoad(8, 16.0, 1)})
+    scores = [by_need(0.104, 0.15, 0.10, price=0.01), by_need(0.12, 0.105, 0.10, price=0.01)]
+    for each, stand_in in zip(scores, ("code-00", "code-01"), strict=True):
+        (choice,) = decide([REQUEST], [replace(each, scores=(0.1, 0.2, 0.3))], full)
+        assert isinstance(choice, Choice)
+        assert (choice.model, choice.routed, choice.reason) == (stand_in, "code-02", "overflow")
+    (choice,) = decide([replace(REQUEST, price=0.0)], scores[:1], full)
+    assert isinstance(choice, Choice)
+    assert (choice.model, choice.reason) == ("code-02", "price"), "who names a price waits for what it buys"
 
 
 def test_without_a_target_only_a_code_without_a_replica_overflows() -> None:
