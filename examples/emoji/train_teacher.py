@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 -m examples.emoji.train_teacher --images 300000
 
-One thread a worker: at this size a second thread brings almost nothing, a second worker nearly doubles the rate.
+One thread per worker: at this size a second thread brings almost nothing, a second worker nearly doubles the rate.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A sweep over (number of codes, budget) by Ray Tune: each trial prunes, assigns, cuts and scores in its own folder.
 
-The encoded rows are made once and shared. A trial's score is what its experts lose on held-out prompts, as its own
-router sends them (`score.py`): trials differ by nothing else.
+The encoded rows are made once and shared. A trial's score is the loss of its experts on held-out prompts, as its own
+router assigns them (`score.py`).
 """
 
 import time
@@ -114,7 +114,7 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     return {"trial": asdict(trial)}
 
 
-# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into what the trial itself holds, next to nothing.
+# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into the trial's own resources, next to none.
 @ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
 def _score(config: RunConfig, shared: Store, ratios: dict[str, float]) -> tuple[float, float, float]:
     """Mean held-out loss of the experts, of the full model on the same rows and noise, and the experts' MACs ratio."""
