@@ -41,7 +41,7 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Run
             "storage": {"endpoint": s3_server.endpoint},
             "data": {"source": f"{bucket}/images", "image_size": IMAGE_SIZE},
             "model": {"pipeline": str(folder / "model")},
-            "router": {"num_codes": 2, "budget": 0.7},
+            "router": {"num_codes": 2, "budget": 0.7, "need": {"enough": 16}},
             "encode": {"batch_size": 16},
             "prune": {"run": TRAINING, "objective": {"warmup_steps": 1, "balance": 10.0}},  # so few steps part no codes
             "samples": {"prompts": ["a cat", "a red car"], "inference_steps": 2},
