@@ -1,4 +1,4 @@
-"""Copy local folders into a bucket of an S3-compatible server, which is made if it is missing.
+"""Copy local folders into a bucket of an S3-compatible server, which is created if it is missing.
 
 python jobs/fill_bucket.py --endpoint http://127.0.0.1:5001 aptp examples/emoji/shards=shards
 """

@@ -1,4 +1,4 @@
-"""Make an API key of the server: the key, for its user alone, and the entry for the server's secret.
+"""Make an API key for the server: prints the key, for its user, and its entry for the server's secret.
 
 python jobs/make_api_key.py web --macs-per-second 2e12
 """

@@ -1,7 +1,7 @@
 """Replay a server's decision log against another release: how many prompts change their code, and what it costs.
 
 python jobs/replay_decisions.py --release runs/demo/release --log /var/log/aptp
-Hashed decisions (decisions.prompts: hashed) take part as far as --prompts, a file with one prompt a line, knows them.
+Hashed decisions (decisions.prompts: hashed) count where --prompts, a file with one prompt per line, holds the prompt.
 """
 
 import argparse

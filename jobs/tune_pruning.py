@@ -1,4 +1,4 @@
-"""Search the number of codes and the budget: each trial is the path from pruning to scored experts.
+"""Search the number of codes and the budget: each trial prunes, assigns, cuts and scores.
 
 ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/tune_pruning.py --config jobs/configs/bucket.yaml
 """

@@ -4,7 +4,7 @@
     .venv/bin/python examples/emoji/build.py
 
 Downloads four npm packages of pinned versions with `npm pack`, draws every emoji at 64 x 64 on white, writes four
-captions for each and packs lossless WebP shards whose bytes depend on nothing but those packages. Every caption word
+captions for each and packs lossless WebP shards whose bytes depend only on those packages. Every caption word
 comes from CLDR, from the style's name or from the pixels. ATTRIBUTION.md names the sources and their licences.
 """
 
@@ -73,7 +73,7 @@ def main() -> None:
     for old in args.out.glob("*.tar.gz"):
         old.unlink()
     for split, rows in samples.items():
-        # A shard must look like the whole, for readers that take shards in turn: order by a hash of the key.
+        # Every shard must be a fair sample, for readers that take one after the other: order by a hash of the key.
         rows.sort(key=lambda row: digest(row[0]))
         shards = -(-len(rows) // SAMPLES_PER_SHARD)
         for index in range(shards):
@@ -123,7 +123,7 @@ def kind_of(group: str, subgroup: str) -> str:
 
 
 def tidy(label: str) -> str:
-    """CLDR's short names as a person would say them."""
+    """CLDR's short names in everyday words."""
     if label.startswith("flag: "):
         return "flag of " + label.removeprefix("flag: ")
     name, separator, detail = label.partition(": ")

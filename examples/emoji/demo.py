@@ -58,7 +58,7 @@ class Shown:
 
 
 class DemoError(Exception):
-    """A step of the demo failed; the message is the one line that says why."""
+    """A step of the demo failed; the message is one line that says why."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console()
-    logging.disable(logging.WARNING)  # the clients of Ray tell what they upload and what they leave out
+    logging.disable(logging.WARNING)  # Ray's clients log what they upload and what they skip
     try:
         (_serve if args.serve else _run)(args, console)
     except (ValueError, DemoError, ClusterError) as error:
@@ -136,7 +136,7 @@ def _deploy(cluster: LocalCluster, serve: dict[str, Any]) -> Iterator[httpx.Clie
 
 
 def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str], console: Console) -> None:
-    """What `ray job submit` does, its progress lines drawn as a bar and its other lines of ours printed."""
+    """What `ray job submit` does, with its progress lines as a bar and the stage's other lines printed."""
     entry = " ".join([command, *(f"--set {shlex.quote(override)}" for override in overrides)])
     runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text())
     console.print(f"\n[bold]{stage}[/bold]: a job: {command}", highlight=False, soft_wrap=True)

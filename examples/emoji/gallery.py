@@ -1,4 +1,4 @@
-"""A picture of pictures: one column a prompt, the teacher's image above, the routed expert's below."""
+"""A contact sheet: one column per prompt, the teacher's image above, the routed expert's below."""
 
 import textwrap
 from collections.abc import Sequence

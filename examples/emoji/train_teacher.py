@@ -1,8 +1,8 @@
-"""Train the small teacher of `examples/emoji` from nothing, or go on where it stopped.
+"""Train the small teacher of `examples/emoji` from scratch, or continue where it stopped.
 
     OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 -m examples.emoji.train_teacher --images 300000
 
-One thread a worker: at this size a second thread brings almost nothing, a second worker nearly doubles the rate.
+One thread per worker: at this size a second thread brings almost nothing, a second worker nearly doubles the rate.
 """
 
 import argparse

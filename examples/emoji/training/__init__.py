@@ -1,1 +1,1 @@
-"""Training a small Stable-Diffusion-shaped teacher from nothing, for data that no public checkpoint knows."""
+"""Training a small Stable-Diffusion-shaped teacher from scratch, for data that no public checkpoint was trained on."""

@@ -21,7 +21,7 @@ class AutoencoderConfig:
 
     channels: tuple[int, ...] = (16, 32, 64)
     images: int = 48_000  # seen in all, over all workers
-    batch_size: int = 32  # a worker's
+    batch_size: int = 32  # per worker
     learning_rate: float = 2e-3
     average_decay: float = 0.995
     permuted_share: float = 0.6
@@ -118,7 +118,7 @@ def _reconstruction_loss(
     noise = torch.randn(latents.shape, generator=generator)
     decoded = model.decode(latents + config.latent_noise * spread * noise).sample
     loss = F.l1_loss(decoded, batch) + 2 * F.mse_loss(decoded, batch)
-    for axis in (2, 3):  # edges: what a person sees first, and what a plain pixel loss blurs
+    for axis in (2, 3):  # edges: people see them first, and a plain pixel loss blurs them
         loss = loss + 0.5 * F.l1_loss(decoded.diff(dim=axis), batch.diff(dim=axis))
     return loss + 1e-4 * latents.square().mean()
 

@@ -125,4 +125,4 @@ def _draw_losses(path: Path, log: Path) -> None:
 
 def _millions(folder: Path) -> str:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return f"{size / 2 / 1e6:.1f}"  # two bytes a parameter
+    return f"{size / 2 / 1e6:.1f}"  # two bytes per parameter

@@ -24,13 +24,13 @@ class DenoiserConfig:
     """How the denoiser is shaped and trained.
 
     `images` counts what is seen over all workers. The rate is constant after the warm-up and falls linearly to zero
-    over the last `decay_share` of the images, so a run may be lengthened at any time before that.
+    over the last `decay_share` of the images, so a run can be extended at any time before that.
     """
 
     channels: tuple[int, ...] = (32, 64, 128, 128)
     heads: tuple[int, ...] = (2, 4, 8, 8)
     images: int = 300_000
-    batch_size: int = 16  # a worker's
+    batch_size: int = 16  # per worker
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     warmup_images: int = 6_400
@@ -44,7 +44,7 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class CachedSet:
-    """Latents of every image and text states of every caption of it, in memory or mapped from a file."""
+    """Latents of every image and text states of each of its captions, in memory or mapped from a file."""
 
     latents: Float[Tensor, "image 4 height width"]
     texts: Float[Tensor, "image caption token dim"]
@@ -86,7 +86,7 @@ def train_denoiser(
     folder: Path,
     on_checkpoint: Callable[[UNet2DConditionModel, int], None],
 ) -> UNet2DConditionModel:
-    """Train, or go on from the checkpoint in `folder`; returns the averaged weights.
+    """Train, or continue from the checkpoint in `folder`; returns the averaged weights.
 
     Args:
         folder: holds `model.safetensors`, `average.safetensors`, `optimizer.pt`, `state.json` and `losses.jsonl`; only

@@ -38,7 +38,7 @@ class TeacherConfig:
 
 
 def train_teacher(config: TeacherConfig, workers: Workers) -> None:
-    """Every step that is not done yet; the pipeline folder stands in `config.work / "pipeline"` from the first
+    """Run every step that is not done yet. The pipeline folder `config.work / "pipeline"` exists from the first
     checkpoint on and is renewed at each."""
     config.work.mkdir(parents=True, exist_ok=True)
     images, captions = read_images(config.shards, config.image_size)
@@ -65,7 +65,7 @@ def train_teacher(config: TeacherConfig, workers: Workers) -> None:
 
 
 def read_images(shards: Path, size: int) -> tuple[UInt8[np.ndarray, "image 3 height width"], list[tuple[str, ...]]]:
-    """Every image of the training shards, and its captions, as many for each as the fewest have."""
+    """Every image of the training shards, and its captions: for each as many as the image with the fewest has."""
     images, captions = [], []
     for path in sorted(shards.glob("train-*.tar*")):
         with path.open("rb") as stream:

@@ -1,7 +1,7 @@
 """Captioned images as rows, whatever they are stored as: one schema, read tolerantly and streamed by Ray Data.
 
 A file's name says its format (`FORMATS`); the globs `data.train` and `data.heldout` say which files. One task reads
-one file; nothing is held but the rows on their way.
+one file; only rows in transit are held in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from aptp_platform.storage.store import StorageConfig, Store
 if TYPE_CHECKING:
     from aptp_platform.config import DataConfig  # brings torch, which no reading task needs
 
-READER_CPUS = 0.1  # unlike an actor's: operators with equal demands are fused, and an actor would decode for itself
+READER_CPUS = 0.1  # must differ from the actors' CPU request: Ray Data fuses operators with equal resources
 PROBED_ROWS = 8
 GROUP_ROWS = 64  # rows that leave a reader together ...
 GROUP_BYTES = 16 << 20  # ... or fewer, if their images are large
@@ -139,7 +139,7 @@ def read_captioned(
 
 
 def decode_rows(size: int, table: pa.Table) -> pa.Table:
-    """Bytes to pixels. A row that is bad, or turns out so, keeps its place with a black image."""
+    """Bytes to pixels. A row that is bad, or whose image does not decode, keeps its place with a black image."""
     faults, details = table["fault"].to_pylist(), table["detail"].to_pylist()
     pixels = np.zeros((len(table), 3, size, size), np.uint8)
     for row, data in enumerate(table["image"].to_pylist()):

@@ -1,7 +1,7 @@
 """Captioned images to latents and sentence embeddings: read and decoded in tasks, encoded in actors, written by tasks.
 
 The result of a row depends on the row alone: not on its neighbours, the number of actors or the order of arrival. Files
-are done in waves; a finished wave is on record, so a job that starts again after a failure goes on behind it.
+are processed in waves. Each finished wave is recorded, so a job that is restarted continues after the last one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import StorageConfig, Store
 
-BLOCK_BYTES = 4 << 20  # what travels at once: little, so that every actor soon has work and rows are soon written
+BLOCK_BYTES = 4 << 20  # size of a block: small, so that every actor gets work early and rows are written early
 PARTIAL = ".partial"
 QUARANTINE = "quarantine.parquet"
 
@@ -50,8 +50,8 @@ def encode(config: RunConfig) -> dict[str, Any]:
         rows of each split, and how many were bad by cause.
 
     Raises:
-        ValueError: nothing to read, a model that is not whole, or more bad rows or bad files than
-            `data.max_bad_share` of all; then nothing is published but the quarantine.
+        ValueError: nothing to read, a model that is not whole, or a larger share of bad rows or
+            files than `data.max_bad_share`; then only the quarantine is published.
     """
     files = source_files(config.data, config.storage)
     check_rows(config.data, config.storage, files)
@@ -72,7 +72,7 @@ def encode(config: RunConfig) -> dict[str, Any]:
         rows[split] = sum(part["rows"] for part in parts)
         bad = [fault for part in parts for fault in part["faults"]]
         _check_share(config, split, [file for file in files if file.split == split], rows[split], bad, store)
-    store.remove(f"{PARTIAL}/origin.json")  # first: what is moved must not be taken for still there
+    store.remove(f"{PARTIAL}/origin.json")  # first, so that a restart does not trust files that were already moved
     for split in rows:
         store.move(f"{PARTIAL}/{split}", split)
     store.remove(PARTIAL)
@@ -157,7 +157,7 @@ def half_latents(vae: Any, pixels: np.ndarray) -> np.ndarray:
 
 
 def _encode_waves(config: RunConfig, files: Sequence[SourceFile], store: Store) -> list[dict[str, Any]]:
-    """Every wave into the partial folder, those on record not again; returns what was written, and what was bad."""
+    """Encode every wave that is not on record into the partial folder; returns what was written, and what was bad."""
     origin = _origin(config, files)
     record = f"{PARTIAL}/origin.json"
     if not store.exists(record) or store.read_json(record) != origin:
@@ -196,7 +196,7 @@ def _encode_wave(config: RunConfig, wave: Sequence[SourceFile], target: Store) -
 
 
 def _origin(config: RunConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
-    """What encoded rows are made from: waves of another origin are worth nothing."""
+    """What encoded rows are made from: waves of another origin cannot be used."""
     source = Store.open(config.data.source, config.storage)
     return {
         "files": [f"{file.split} {file.name}" for file in files],
@@ -210,7 +210,7 @@ def _origin(config: RunConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
 
 
 def _remove_parts(partial_folder: Store, wave: Sequence[SourceFile]) -> None:
-    """What an interrupted wave has left."""
+    """Remove what an interrupted wave has left."""
     ours = {(file.split, file.place) for file in wave}
     for part in partial_folder.list("*/part-*"):
         split, _, name = part.partition("/")
@@ -225,7 +225,7 @@ def _facts(written: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _check_share(
     config: RunConfig, split: str, files: Sequence[SourceFile], rows: int, faults: list[dict[str, str]], store: Store
 ) -> None:
-    """Bad rows are held against all rows, bad files against all files: a lost file is more than one lost row."""
+    """Bad rows are counted against all rows, bad files against all files: a lost file is more than one lost row."""
     allowed = config.data.max_bad_share
     bad_files = [fault for fault in faults if fault["cause"] == "shard"]
     bad_rows = [fault for fault in faults if fault["cause"] != "shard"]
@@ -243,7 +243,7 @@ def _check_share(
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """A ValueError of a worker as a ValueError here, with its one line and without what Ray adds to it."""
+    """Raise a worker's ValueError as a ValueError here, with its one line and without what Ray adds to it."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:

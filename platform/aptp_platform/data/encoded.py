@@ -35,9 +35,9 @@ WRITTEN = pa.schema(
 
 
 def choose_caption(key: str, count: int, epoch: int, seed: int) -> int:
-    """Which of an image's `count` captions an epoch uses: each once in `count` epochs, starting where (key, seed) says.
+    """Which of an image's `count` captions an epoch uses: each once in `count` epochs; (key, seed) give the first.
 
-    A function of its arguments only, so the text states and the sentence embedding speak of the same caption wherever
+    A function of its arguments only, so the text states and the sentence embedding belong to the same caption wherever
     they are computed.
     """
     if count < 1:
@@ -47,7 +47,7 @@ def choose_caption(key: str, count: int, epoch: int, seed: int) -> int:
 
 
 def row_identity(key: str, epoch: int) -> int:
-    """63 bits that tell a row of an epoch from all others: its noise is drawn from them (`aptp.Noise`)."""
+    """63 bits that identify a row of an epoch: its noise is drawn from them (`aptp.Noise`)."""
     return int.from_bytes(hashlib.blake2b(f"{epoch} {key}".encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -73,13 +73,13 @@ def encoded_table(
 
 
 def write_table(store: Store, name: str, table: pa.Table) -> None:
-    """One Parquet file, which appears when it is whole."""
+    """Write one Parquet file, atomically."""
     with store.open_file(name, "wb") as stream:
         pq.write_table(table, stream, row_group_size=GROUP_ROWS, compression="zstd", use_dictionary=False)
 
 
 def write_rows(store: Store, without_latents: Sequence[str], table: pa.Table) -> pa.Table:
-    """Good rows to a file of their split, named by its first row's position; returns what was written and was bad.
+    """Write good rows to a file of their split, named by its first row's position; returns what was written and bad.
 
     Args:
         without_latents: splits whose latents are not stored.

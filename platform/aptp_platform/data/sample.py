@@ -22,7 +22,7 @@ class CaptionedImage:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that could not be read, and why; counted and held against the configured share."""
+    """One thing that could not be read, and why; counted against `data.max_bad_share`."""
 
     key: str
     cause: Literal["shard", "image", "caption"]
@@ -30,7 +30,7 @@ class Fault:
 
 
 def sample_of(key: str, image: bytes | None, captions: Any, rest: Mapping[str, Any]) -> CaptionedImage | Fault:
-    """A sample as every source gives it: `captions` is a string or a list of them, `rest` what else is known of it."""
+    """The sample of these parts: `captions` is a string or a list of strings, `rest` holds all other fields."""
     if image is None:
         return Fault(key, "image", "missing")
     texts = [captions] if isinstance(captions, str) else captions if isinstance(captions, list) else []

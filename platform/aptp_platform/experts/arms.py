@@ -1,8 +1,8 @@
-"""The arms of an evaluation: ways to answer the same prompts at the same cost, from the losses of single networks.
+"""The arms of an evaluation: the same prompts, assigned to networks in several ways at the same cost.
 
     routed           each prompt by the expert that the router gives it
-    random_routing   the same experts, each for as many prompts as routed, but whichever: the mean over all such draws
-    oracle           each prompt by its best expert at the routed cost, chosen at other noise than it is scored at
+    random_routing   the same experts, each with as many prompts as routed but drawn at random: the mean of all draws
+    oracle           each prompt by its best expert, at the routed cost; chosen at other noise than it is scored at
     uniform, ...     one network for all prompts
 
 An arm's extra loss is what it loses to the teacher on the same rows, noise and timesteps. Intervals are bootstrapped
@@ -42,7 +42,7 @@ def build_arms(
     """Every arm by its name.
 
     Args:
-        experts: of every expert on every row, at two noises. codes: the router's. costs: the experts'.
+        experts: losses of every expert on every row, at two noises. codes: the router's. costs: the experts'.
         singles: the losses and the cost of each network that answers for all prompts.
     """
     rows = np.arange(len(codes))
@@ -60,7 +60,7 @@ def build_arms(
 def _cheapest_best(
     losses: Float[np.ndarray, "row code"], costs: Float[np.ndarray, " code"], budget: float
 ) -> Int[np.ndarray, " row"]:
-    """Each row's best code under one price for all, the least price at which they cost no more than the budget."""
+    """Each row's best code at one price: the lowest at which the rows cost no more than the budget."""
     low, high = 0.0, float(np.ptp(losses)) / max(float(np.ptp(costs)), 1e-9) + 1e-9
     if costs[losses.argmin(1)].mean() <= budget:
         return losses.argmin(1)
@@ -98,7 +98,7 @@ def need_capacity(
     capacity: Float[np.ndarray, " row"],
     predicted: Float[np.ndarray, "row code"] | None,
 ) -> dict[str, Any]:
-    """Whether capacity follows need, and what the router knows of it.
+    """Whether capacity follows need, and how well the router predicts need.
 
     A prompt's need is what the experts lose on it on average. spearman: of need and the cost that the prompt is given.
     predicted: beside the losses that the router predicts for every prompt and expert, those that were measured.

@@ -1,7 +1,7 @@
 """Every caption to its code, by the trained router: file by file beside the encoded rows, in the same order.
 
-A code with too few prompts makes no expert. It fails the job, or it is given up and each of its prompts goes to the
-code that is nearest to it. The router that everything after this stage uses, serving included, is published here.
+A code with too few prompts makes no expert. Either the job fails, or the code is dropped and each of its prompts goes
+to its next best code. The router with the codes that are kept is published here; `refit` starts from it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def assign(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
 
     Returns:
         `shares`: each code's share of all captions. `kept`: which of the pruned router's codes they are. `familiar`:
-        the familiarity that all but one in a hundred have.
+        the familiarity that 99 % of the captions reach.
 
     Raises:
         ConfigError: a code has fewer prompts than `assign.min_prompts`, or there is nothing to route.
@@ -62,7 +62,7 @@ def assign(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
                 "router.num_codes, or prune longer"
             )
         print(f"[assign] {found}, assign.min_prompts is {least}: codes {few} are merged into the nearest of the others")
-        # Once is enough: whoever stays only gains. If none has enough, all go to the largest.
+        # Once is enough: codes that are kept can only gain prompts. If none has enough, all prompts go to the largest.
         kept = [code for code in kept if code not in few] or [int(usage.argmax())]
         _publish(router.keeping(kept), target)
         usage, familiarity = _route_all(config, encoded, target, names)
@@ -74,7 +74,7 @@ def assign(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
 
 
 class Assigner:
-    """The router in an actor: it routes the files it is given the names of."""
+    """The router in an actor: it routes the captions of the files that it gets by name."""
 
     def __init__(self, encoded: Store, target: Store) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +105,7 @@ def _publish(router: Router, target: Store) -> None:
 
 def _route_all(config: RunConfig, encoded: Store, target: Store, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """How many captions each code of the router in `target` gets, and a histogram of how familiar they are to it;
-    their codes are written on the way."""
+    their codes are written too."""
     items = [{"name": name} for name in names]
     routed = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Assigner,

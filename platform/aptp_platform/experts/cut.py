@@ -1,4 +1,4 @@
-"""From codes to experts: each code is cut out of the full UNet by a task of its own, and each baseline beside them."""
+"""From codes to experts: one task per network cuts a code, or a baseline, out of the full UNet."""
 
 import tempfile
 from pathlib import Path
@@ -52,7 +52,7 @@ def cut(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
     return {"networks": len(ratios), "MACs ratios": {name: round(ratios[name], 4) for name in wanted}}
 
 
-# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into what the trial itself holds, next to nothing.
+# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into the trial's own resources, next to none.
 @ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
 def _cut_one(
     config: RunConfig, name: str, code: ArchitectureCode | None, space: PruningSpace, size: tuple[int, int]
@@ -72,7 +72,7 @@ def _cut_one(
 
 
 def _trained(root: Store, unet: nn.Module, *, shared: bool) -> nn.Module:
-    """The weights that a network is cut from: those that the codes were trained with together, if they were."""
+    """The weights that a network is cut from: the shared ones, if the stage `share` trained any."""
     if shared and root.join(SHARED).exists(f"{UNET}/config.json"):
         with tempfile.TemporaryDirectory() as scratch:
             folder = root.join(SHARED).fetch(UNET, scratch)

@@ -1,8 +1,8 @@
 """What the experts are worth: several arms on the same held-out prompts, noise and seeds.
 
-The paired denoising loss differs between two networks by nothing but the networks. CMMD-lite0 and FD-lite0 compare
+In the paired denoising loss two networks see the same rows, noise and timesteps. CMMD-lite0 and FD-lite0 compare
 generated with real images (`aptp.metrics` says why they are not called CMMD and FID). Each network is scored by one Ray
-task. Routes are the router's at the price at which these prompts cost the budget, so that arms are of equal cost.
+task. Prompts are routed at the price at which they cost the budget, so that all arms cost the same.
 """
 
 import io
@@ -40,13 +40,13 @@ from aptp_platform.run.layout import FINETUNED, HELD_OUT_ROWS, network_of, refit
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
-ENOUGH_FOR_FD: Final = 512  # images: below, the distance says more of their number than of their quality
+ENOUGH_FOR_FD: Final = 512  # images: below, the number of images dominates the distance
 PICTURE_SIZE: Final = 128  # pixels at most, of the report's pictures
 
 
 @dataclass(frozen=True)
 class Task:
-    """One network, at how many noises it is scored on all rows, and for which rows it draws."""
+    """One network: at how many noises it is scored, and for which rows it generates images."""
 
     network: str | None  # a folder under the run's root; None: the teacher
     noises: int
@@ -55,7 +55,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one network measured: losses, and features and small pictures of the rows that it drew."""
+    """What one network measured: losses, and features and small images of the rows that it generated."""
 
     losses: Float[np.ndarray, "noise row"]
     features: dict[int, Float[np.ndarray, " dim"]]
@@ -145,7 +145,7 @@ def _by_arm(
 
 
 def _image_scores(ours: Float[Tensor, "ours dim"], real: Float[Tensor, "real dim"]) -> dict[str, float | None]:
-    """CMMD-lite0 and FD-lite0 to the real images; None where there are too few images to say."""
+    """CMMD-lite0 and FD-lite0 to the real images; None where there are too few images."""
     enough = min(len(ours), len(real))
     scores: dict[str, float | None] = {"cmmd_lite0": None, "fd_lite0": None}
     if enough >= 2:
@@ -159,7 +159,7 @@ def _image_scores(ours: Float[Tensor, "ours dim"], real: Float[Tensor, "real dim
 def _score_all(config: RunConfig, held: HeldOut, tasks: dict[str, Task]) -> dict[str, Scores]:
     shared, settings = ray.put(held), ray.put(config)
     task = _score.options(num_cpus=config.evaluate.cpus_per_network, num_gpus=config.evaluate.gpus_per_network)
-    # The one that draws most first, so that no long one is left for last.
+    # The longest first, so that no long task starts last.
     order = sorted(tasks, key=lambda name: -len(tasks[name].drawn))
     pending = {task.remote(settings, shared, tasks[name]): name for name in order}
     scored: dict[str, Scores] = {}

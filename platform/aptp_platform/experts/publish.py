@@ -43,7 +43,7 @@ def publish(config: RunConfig) -> dict[str, Any]:
 
 
 def _write_pipeline(config: RunConfig, folder: Path) -> None:
-    """The whole model as one stock diffusers folder, whatever parts of it came from elsewhere."""
+    """The whole model as one stock diffusers folder, including parts that came from elsewhere."""
     load_pipeline_parts(config.model, config.storage).pipeline().save_pretrained(folder)
 
 
@@ -66,7 +66,7 @@ def _info(config: RunConfig, expert: Path, familiar: float) -> ReleaseInfo:
 
 
 def _code_hash() -> str:
-    """One sha256 over the sources of both packages: it names the code also where there is no checkout."""
+    """One sha256 over the sources of both packages: it identifies the code even without a checkout."""
     digest = hashlib.sha256()
     for package in (aptp, aptp_platform):
         folder = Path(package.__path__[0])

@@ -1,4 +1,4 @@
-"""What each expert costs a prompt is measured again, once the experts are trained: fine-tuning has changed it.
+"""Measures again, once the experts are trained, what each costs a prompt: fine-tuning has changed it.
 
 Training prompts run through every expert and the teacher, at noise that no training step drew. The router's need head
 is solved for what was measured, and the price is set at which these prompts cost the budget. The router that evaluation
@@ -68,12 +68,12 @@ def refit(config: RunConfig) -> dict[str, Any]:
     router.need = fit_need(embeddings, times, errors, losses, router.config.need)
     budget, balance = config.router.budget, settings.balance
     usage = set_price(router, embeddings, budget, tolerance=inf, balance=balance)
-    while not usage.all() and balance < MOST_BALANCE:  # an expert that nobody is sent to is of no use to anybody
+    while not usage.all() and balance < MOST_BALANCE:  # an expert without prompts is deployed for nothing
         balance = max(2 * balance, 0.01)
         usage = set_price(router, embeddings, budget, tolerance=inf, balance=balance)
     require_used(usage)
     ratio = float((usage * router.costs).sum())
-    if abs(ratio / budget - 1) > TOLERANCE:  # the experts stand: what they cannot meet is said, and they are used
+    if abs(ratio / budget - 1) > TOLERANCE:  # the experts are trained: report it and use them
         print(
             f"[refit] at no price do the prompts cost {budget:g} of all MACs with these experts; nearest: {ratio:.3f}"
         )

@@ -1,4 +1,4 @@
-"""An evaluation as a person reads it: metrics.json, figures with a sentence each, and one page that holds them all."""
+"""The report of an evaluation: metrics.json, figures with a sentence each, and one page with all of them."""
 
 import base64
 import json
@@ -46,7 +46,7 @@ td.number{text-align:right;font-variant-numeric:tabular-nums}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found, of the held-out prompts in their order.
+    """The results, for the held-out prompts in their order.
 
     need: what the experts lose on a prompt on average. lost: what the routed expert loses on it. pictures: of the first
     prompts, by arm.

@@ -1,4 +1,4 @@
-"""The paired denoising loss on held-out rows: two networks differ in it by nothing but the networks.
+"""The paired denoising loss on held-out rows: any two networks see the same captions, noise and timesteps.
 
 A row's caption, noise and timesteps depend on its key alone: not on the network, on its neighbours or on the batch.
 """
@@ -26,7 +26,7 @@ from aptp_platform.storage.store import Store
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Captioned images that no stage has trained on, in the order of a hash of their keys."""
+    """Captioned images that no stage has trained on, ordered by a hash of their keys."""
 
     keys: list[str]
     captions: list[str]
@@ -36,7 +36,7 @@ class HeldOut:
 
 
 def read_held_out(config: RunConfig, encoded: Store, limit: int) -> HeldOut:
-    """At most `limit` rows of a run's `encoded/heldout`, a caption of each."""
+    """At most `limit` rows of a run's `encoded/heldout`, one caption of each."""
     rows = read_encoded(encoded)
     if not rows:
         raise ConfigError(
@@ -66,7 +66,7 @@ def check_scoring(config: EvaluateConfig) -> None:
 def row_losses(
     config: EvaluateConfig, parts: PipelineParts, unet: nn.Module, held: HeldOut, rows: list[int], noise_number: int = 0
 ) -> Float[np.ndarray, " row"]:
-    """Each row's loss under `unet`, where that is: the mean over `config.timesteps`, at its noise of that number."""
+    """Each row's loss under `unet`: the mean over `config.timesteps`, at the row's noise of that number."""
     device = next(unet.parameters()).device
     schedule, text_encoder = NoiseSchedule(parts.scheduler).to(device), parts.text_encoder.to(device)
     losses = []

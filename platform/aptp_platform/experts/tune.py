@@ -1,7 +1,7 @@
 """A sweep over (number of codes, budget) by Ray Tune: each trial prunes, assigns, cuts and scores in its own folder.
 
-The encoded rows are made once and shared. A trial's score is what its experts lose on held-out prompts, as its own
-router sends them (`score.py`): trials differ by nothing else.
+The encoded rows are made once and shared. A trial's score is the loss of its experts on held-out prompts, as its own
+router assigns them (`score.py`).
 """
 
 import time
@@ -28,7 +28,7 @@ from aptp_platform.storage.store import Store
 from aptp_platform.train.trainer import check_group, prune, share
 
 SCORED_ROWS = 128
-# A trial only waits for its worker group; what it holds itself, the group could not have (and 0 is refused).
+# A trial only waits for its worker group, and what it reserves itself is lost to that group (0 is refused).
 TRIAL_RESOURCES = {"CPU": 0.01}
 
 
@@ -49,7 +49,7 @@ class Trial:
 def tune(config: RunConfig) -> dict[str, Any]:
     """Run the sweep of `config.tune`, print its table, write `tune/results.json`.
 
-    A trial that had finished under the same config is not run again; one that was interrupted goes on.
+    A trial that finished under the same config is not run again; an interrupted one continues.
     """
     root = Store.open(config.root, config.storage)
     root.join(TRAIN_ROWS).require("*.parquet", "root, or run the encode job first")
@@ -114,7 +114,7 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     return {"trial": asdict(trial)}
 
 
-# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into what the trial itself holds, next to nothing.
+# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into the trial's own resources, next to none.
 @ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
 def _score(config: RunConfig, shared: Store, ratios: dict[str, float]) -> tuple[float, float, float]:
     """Mean held-out loss of the experts, of the full model on the same rows and noise, and the experts' MACs ratio."""

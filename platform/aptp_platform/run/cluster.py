@@ -1,6 +1,6 @@
-"""A Ray cluster of this program's own: on free ports of the loopback interface, with a token of its own, ended whole.
+"""A Ray cluster for this program alone: on free loopback ports, with its own token, and ended completely.
 
-It stands beside any other cluster, of this machine or named in the environment, and has nothing to do with it.
+It runs beside any other cluster on this machine, and ignores one that the environment names.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from aptp_platform.run import keeper
 
 _MARK = "APTP_CLUSTER"
 ONE_MACHINE = {
-    "RAY_worker_niceness": "0",  # Ray makes its workers nice; beside any busy process they would then hardly run
+    "RAY_worker_niceness": "0",  # Ray lowers its workers' priority; beside any busy process they would hardly run
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at its default of 0.1 the controller takes a twentieth of a core
 }
-# Without this `ray start` replaces --node-ip-address=127.0.0.1 by the machine's address, and listens there. Its name
-# is of where it is the default; it acts on every system.
+# Without this `ray start` replaces --node-ip-address=127.0.0.1 by the machine's address, and listens there. The
+# variable is named after the systems where it is the default; it works on every system.
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# They lead clients and nodes to another cluster, or bring another token; Ray prefers them to what it is called with.
+# These name another cluster or another token, and Ray prefers them to its arguments.
 _ANOTHER_CLUSTER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_AUTH_TOKEN")
 _HOSTS = "127.0.0.1,localhost"  # never through a proxy
 # On a busy machine a raylet gives up when its agent takes more than 15 s to start, for which Ray has no setting; later
@@ -46,7 +46,7 @@ STOP_SECONDS = 2 * keeper.GRACE_SECONDS + 2
 
 
 class ClusterError(Exception):
-    """The cluster did not start, or has ended; the message is the one line that says so."""
+    """The cluster did not start, or has ended; the message is one line that says which."""
 
 
 class LocalCluster:
@@ -105,7 +105,7 @@ class LocalCluster:
             self.stop()
 
     def jobs(self) -> JobSubmissionClient:
-        """A client of this cluster, whatever the environment says."""
+        """A client of this cluster, whichever one the environment names."""
         with _without(_ANOTHER_CLUSTER):
             return _Jobs(self.dashboard, headers=self.headers)
 
@@ -128,7 +128,7 @@ class LocalCluster:
                 time.sleep(0.5)
 
     def require_alive(self, cause: Exception | None = None) -> None:
-        """ClusterError if the head or its raylet has ended; after a `cause` they are given a moment to do so."""
+        """ClusterError if the head or its raylet has ended; after a `cause`, wait a moment for that to show."""
         deadline = time.monotonic() + (3.0 if cause is not None else 0.0)
         while not (ended := self._ended()):
             if time.monotonic() >= deadline:
@@ -158,8 +158,8 @@ class LocalCluster:
     def processes(self) -> list[psutil.Process]:
         """Every living process of this cluster.
 
-        Ray's agents write their title over their environment, and with it the mark, but stay in the keeper's session;
-        jobs have sessions of their own, but keep the mark.
+        Ray's agents overwrite their environment, and with it the mark, but stay in the keeper's session; jobs have
+        sessions of their own, but keep the mark.
         """
         if self._keeper is None:
             return []
@@ -197,13 +197,13 @@ class LocalCluster:
         environment = {name: value for name, value in os.environ.items() if name not in _ANOTHER_CLUSTER}
         environment |= ONE_MACHINE | _LOOPBACK | {_MARK: self._mark}
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        # Jobs look `python` up on the PATH of the node that runs them: the one of this very environment.
+        # Jobs look `python` up on the PATH of the node that runs them: it must be this environment's.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), _HOSTS)))
         return environment | {"no_proxy": direct, "NO_PROXY": direct}
 
     def _wait(self) -> None:
-        """Until the head takes jobs: the dashboard answers, and the node's agent, which says that its raylet lives."""
+        """Wait until the head accepts jobs: its dashboard answers, and the agent, which shows that the raylet runs."""
         deadline = time.monotonic() + START_SECONDS
         urls = (f"{self.dashboard}/api/version", f"http://127.0.0.1:{self._agent_port}/api/local_raylet_healthz")
         with httpx.Client(headers=self.headers, timeout=2, trust_env=False) as client:
@@ -217,13 +217,13 @@ class LocalCluster:
         raise ClusterError(f"ray: the head did not answer within {START_SECONDS:.0f} s; its last words: {self._said()}")
 
     def _ended(self) -> str:
-        """What of the head has ended, or nothing. `ray start` stays up beside a raylet that ended with exit code 0."""
+        """How the head has ended, or "". `ray start` keeps running after its raylet ends with exit code 0."""
         assert self._keeper is not None  # callers are inside the block
         if self._keeper.poll() is not None:
             return f"`ray start` returned {self._keeper.returncode}"
         if self._raylet is None:
             with contextlib.suppress(psutil.NoSuchProcess):
-                # What it starts is called so too, for a moment; it is the oldest of them.
+                # Its children have the same name for a moment; the raylet is the oldest.
                 raylets = [each for each in self.processes() if each.name() == "raylet"]
                 self._raylet = min(raylets, key=psutil.Process.create_time, default=None)
             return ""

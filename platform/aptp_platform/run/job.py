@@ -34,7 +34,7 @@ def run_function(
         config = load_config(args.config, args.set)
         require_lasting(config, Path.cwd())
         reach_places(config)
-        # Outside a submitted job there is no address: a cluster of this process's own, never a stranger's.
+        # Without an address this is no submitted job: start a cluster of our own rather than join any other.
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, logging_level=logging.WARNING)
         function(config)
     except (ValueError, ray.exceptions.OutOfDiskError) as error:
@@ -43,7 +43,7 @@ def run_function(
 
 
 def require_lasting(config: RunConfig, folder: Path) -> None:
-    """ConfigError for a relative place if `folder`, the job's own, is a copy that Ray made and will throw away."""
+    """ConfigError for a relative place if `folder`, the job's own, is a temporary copy that Ray made."""
     if _COPIES not in folder.parts:
         return
     for field, place in places(config).items():
@@ -55,7 +55,7 @@ def require_lasting(config: RunConfig, folder: Path) -> None:
 
 
 def cause_of(error: BaseException) -> str:
-    """The first message behind Ray's wrapping, as one line."""
+    """The original message inside Ray's wrapping errors, as one line."""
     while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
     if isinstance(error, ray.exceptions.OutOfDiskError):

@@ -1,10 +1,10 @@
-"""Keeps all processes of one command together: they end when their owner does, however it ends, and none is left.
+"""Ends all processes of one command when their owner ends, however it ends.
 
 python -I keeper.py <folder> <command> ...
 
 The owner holds the other end of standard input. The keeper ends everything and removes the folder when the command has
-ended, when the owner closes that end or is killed, or on SIGTERM. It is a "subreaper" of Linux: it becomes the parent
-of each descendant whose own parent has ended, so none gets out of its sight by a new session, another title or a fork.
+ended, when the owner closes that end or is killed, or on SIGTERM. As a Linux "subreaper" it becomes the parent of each
+descendant whose own parent has ended, so none escapes by a new session, another title or a fork.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def _reap() -> dict[int, int]:
 def _end_all() -> None:
     told: set[psutil.Process] = set()
     begun = time.monotonic()
-    # A process in the kernel's hands (an unreachable disk) may outlast SIGKILL; it is not waited for without end.
+    # A process blocked in the kernel (an unreachable disk) may survive SIGKILL, so the wait is bounded.
     while (left := psutil.Process().children(recursive=True)) and time.monotonic() < begun + 2 * GRACE_SECONDS:
         for each in left:
             with contextlib.suppress(psutil.NoSuchProcess):

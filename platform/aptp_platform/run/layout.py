@@ -2,8 +2,8 @@
 
 encoded/{train,heldout}/   Parquet files of latents, captions and sentence embeddings
 pruned/router/             router and codes as they were learned; checkpoints/ and tensorboard/ beside it
-shared/                    router/ and, if the codes were trained together, unet/; beside them as in pruned/
-assigned/                  the router that is used from here on, and a file of codes for each encoded file
+shared/                    router/ and, if share.run.steps is not 0, unet/; checkpoints/ and tensorboard/ as in pruned/
+assigned/                  the router with the codes that are kept, and a file of codes for each encoded file
 cut/00/ ... cut/uniform/   one network per code and per baseline
 finetuned/00/ ...          the same networks after training; checkpoints/ and tensorboard/ beside them
 refitted/router/           the router, fitted to the experts as they are after training

@@ -1,8 +1,8 @@
 """The path from captioned images to a release: its stages, in order, each run once for what it depends on.
 
-A stage's fingerprint covers the config sections it reads, the stages before it and the files it starts from. A stage
-whose folder carries that fingerprint is reused; one that carries another is done again; one that was interrupted goes
-on from what its folder holds.
+A stage's fingerprint covers the config sections it reads, the stages before it and the files it starts from. A finished
+stage with that fingerprint is reused. One with another fingerprint is removed and run again. One that was interrupted
+continues from what its folder holds.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Stage:
     """One step of the path."""
 
     name: str
-    script: str  # in jobs/: what one submits for it
+    script: str  # the file in jobs/ that is submitted for it
     folder: str  # under the run's root; written by this stage alone
     sections: tuple[str, ...]  # of the config: what the result depends on
     after: tuple[str, ...]  # stages whose folders it reads
@@ -115,7 +115,7 @@ def run_stage(name: str, config: RunConfig, say: Callable[[str], None] = print) 
 
 
 def require_stage(name: str, config: RunConfig) -> Summary:
-    """The summary of a finished stage, if it was made for this very config."""
+    """The summary of a finished stage, if it was made from this config."""
     root = Store.open(config.root, config.storage)
     record = _read(root, name)
     if record is None or "summary" not in record:
@@ -129,7 +129,7 @@ def require_stage(name: str, config: RunConfig) -> Summary:
 
 
 def reach_places(config: RunConfig) -> None:
-    """Ask every bucket that a run needs for an answer, before anything else is waited for or paid for.
+    """Check that every bucket the run needs answers, before the run waits or pays for anything else.
 
     Raises:
         ConfigError: one does not answer, or refuses; the field that names it is in the line.
@@ -173,9 +173,9 @@ def _source_facts(source: str, config: RunConfig) -> list[str]:
 
 
 def _record(name: str) -> str:
-    """Where a stage's fingerprint stands from its start on, and its summary once it is done.
+    """Where a stage's fingerprint is kept from its start, and its summary once it is done.
 
-    Outside the stage's own folder: a release is a folder in which every file is accounted for.
+    Outside the stage's own folder, because a release lists every file in its folder.
     """
     return f"{layout.RECORDS}/{name}.json"
 

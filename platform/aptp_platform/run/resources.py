@@ -1,4 +1,4 @@
-"""What the cluster can ever give: a job that asks for more would wait for ever, so it is refused in one line."""
+"""The most that the cluster can provide: a job that needs more would wait for ever, so it is refused in one line."""
 
 from collections.abc import Mapping
 from math import floor
@@ -14,9 +14,9 @@ def require_room(
     """ConfigError if the cluster can never hold `number` of something at once.
 
     Args:
-        where: the config's section. count: the field in it that says the number; None if nothing says it.
-        shares: for each resource the field that says what one of them takes, and how much.
-        spare: CPUs that the tasks which feed them need beside: without any they would wait for ever.
+        where: the config's section. count: the field in it that sets the number; None if no field does.
+        shares: for each resource the field that sets what one of them takes, and its value.
+        spare: CPUs for the tasks that feed them; without any they would wait for ever.
     """
     most = capacity()
     for resource, (field, share) in shares.items():
@@ -38,7 +38,7 @@ def require_room(
 
 
 def capacity() -> dict[str, float]:
-    """What the cluster has, or what its autoscaler may bring it to."""
+    """What the cluster has now, or may have after autoscaling."""
     most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
     now: dict[str, float] = ray.cluster_resources()
     return {resource: max(now.get(resource, 0.0), most.get(resource, 0.0)) for resource in {*now, *most}}

@@ -1,8 +1,8 @@
-"""Who works on a run: one file beside it, which its owner changes again and again while it lives.
+"""A lease on a run: one file in it, which its owner rewrites every few seconds while it lives.
 
-No clock is compared: a lease is alive if it changes while another run looks at it. One that stays as it is was left by
-a run that died, and is taken over. Two that take it at the same moment both wait and read it again: the last to write
-has it.
+No clocks are compared: a lease is alive if it changes while another run watches it. One that does not change was left
+by a run that died, and is taken over. Two runs that take over such a lease at the same moment both wait and read it
+again: the last to write has it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class LeaseError(ValueError):
 
 
 class Lease:
-    """Held in a `with` block; `require` says in it whether it is still held.
+    """Held in a `with` block; in it, `require` checks that it is still held.
 
     Args:
         store: the run's folder.
         name: what is worked on in it, such as a stage.
         beat_s: how often the owner changes the file.
-        dead_s: a file unchanged for so long has no owner any more.
+        dead_s: after this long without a change the file's owner counts as dead.
     """
 
     def __init__(self, store: Store, name: str, beat_s: float = BEAT_SECONDS, dead_s: float = DEAD_SECONDS) -> None:
@@ -57,7 +57,7 @@ class Lease:
                 if now != before:
                     raise self._taken(now)
         self._write()
-        if before is not None:  # somebody else may have waited for the same end
+        if before is not None:  # another run may have waited for the same lease
             time.sleep(self._beat_s)
             self.require()
         self._thread.start()
@@ -77,7 +77,7 @@ class Lease:
                 raise
 
     def require(self) -> None:
-        """LeaseError if another run has taken the lease over meanwhile: what this one publishes would mix with it."""
+        """LeaseError if another run has taken over the lease: the results of the two would mix."""
         found = self._read()
         if found is None or found["id"] != self._own:
             raise self._taken(found or {})
@@ -107,4 +107,4 @@ class Lease:
                     return  # lost; `require` will say so
                 self._write()
             except StoreError:
-                continue  # the bucket is away: for others too
+                continue  # the bucket does not answer, for others neither

@@ -1,8 +1,8 @@
 """Folders and objects, wherever they are: a path, `file://`, `s3://` or `gs://`, by fsspec.
 
-A `Store` is one folder. Nothing in it is ever half there: a file appears when it is complete, a published folder's
-marker (`stage.json`, `release.json`) appears last. Credentials come from the environment or from a profile; they are in
-no config, no URI, no pickled `Store` and no error. The module is light: a task that only reads need not load torch.
+A `Store` is one folder. Writes are atomic: readers see complete files only, and a published folder's marker
+(`release.json`) appears last. Credentials come from the environment or from a profile; they never appear
+in a config, a URI, a pickled `Store` or an error. The module is light: a task that only reads does not load torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StorageConfig:
     region: str | None = None
     profile: str | None = None
     anonymous: bool = False
-    timeout_s: Annotated[float, Field(gt=0)] = 15.0  # without a byte of an answer, a request has failed
+    timeout_s: Annotated[float, Field(gt=0)] = 15.0  # a request without a byte of response for this long has failed
     attempts: Annotated[int, Field(ge=1)] = (
         10  # per request, with pauses that grow to 20 s: enough for a minute of outage
     )
@@ -91,7 +91,7 @@ class Store:
         return Store("/".join([self.uri.rstrip("/"), *(part.strip("/") for part in parts if part)]), self.config)
 
     def reach(self) -> None:
-        """Ask the bucket for this folder, with no patience for one that does not answer.
+        """Ask the bucket for this folder once, without retries.
 
         Raises:
             StoreError: it is not reachable, or refuses to list.
@@ -99,7 +99,7 @@ class Store:
         Store(self.uri, replace(self.config, attempts=1)).exists()
 
     def make(self) -> None:
-        """Make the bucket, or the local folder, if it is missing."""
+        """Create the bucket, or the local folder, if it is missing."""
         with self._translate_errors(""):
             self._fs.makedirs(self._path(""), exist_ok=True)
 
@@ -148,7 +148,7 @@ class Store:
 
     @contextmanager
     def open_file(self, name: str, mode: Literal["rb", "wb"] = "rb") -> Iterator[IO[bytes]]:
-        """A file as a stream. One that is written appears when the block ends well, and not at all otherwise."""
+        """A file as a stream. A written one appears when the block ends without an error, and not at all otherwise."""
         if mode == "rb":
             with self._translate_errors(name):
                 stream = self._fs.open(self._path(name), "rb")
@@ -175,7 +175,7 @@ class Store:
 
     def read_json(self, name: str) -> Any:
         with self._translate_errors(name):
-            data = self._fs.cat_file(self._path(name))  # one request: an open file notices that another wrote it anew
+            data = self._fs.cat_file(self._path(name))  # one request: an open file fails if it is replaced meanwhile
         try:
             return json.loads(data)
         except ValueError as error:
@@ -348,7 +348,7 @@ class Store:
 
 
 def _put_in_place(source: Path, target: Path) -> None:
-    """Rename a folder over another one; what stood there is removed only after the new one stands."""
+    """Rename a folder over another one; the old one is removed only after the new one is in place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     if target.exists():
@@ -369,6 +369,6 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The error's kind and first words; never the whole of it, which may quote a request."""
+    """The error's kind and first words; never all of them, since they may quote a request."""
     text = " ".join(str(getattr(error, "strerror", None) or error).split())
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

@@ -23,7 +23,7 @@ _AHEAD = 16  # image files read at the same time
 
 
 def read_image_folder(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
-    """`metadata.jsonl`: a line an image, with `file_name` and `text`, `caption` or `captions`."""
+    """`metadata.jsonl`: one line per image, with `file_name` and `text`, `caption` or `captions`."""
     with store.open_file(name) as stream:
         yield from _read_all(store.join(_folder(name)), _json_lines(stream, name))
 
@@ -76,7 +76,7 @@ def _read_one(images: Store, row: Mapping[str, Any]) -> CaptionedImage | Fault:
             data = stream.read()
     except StoreError as error:
         if images.exists(file) or not images.exists():
-            raise  # it is there, or nothing is: not this row's fault
+            raise  # it exists but cannot be read, or the whole folder is missing: not this row's fault
         return Fault(key, "image", str(error))
     rest = {name: value for name, value in row.items() if name not in (*FILE_NAMES, *CAPTION_NAMES)}
     return sample_of(key, data, captions, rest)

@@ -1,4 +1,4 @@
-"""Captioned images out of WebDataset shards, tolerantly: what is readable is yielded, what is not becomes a `Fault`.
+"""Captioned images out of WebDataset shards, tolerantly: what is readable is yielded, the rest becomes a `Fault`.
 
 A shard is a tar or tar.gz. Members that share a name up to the first dot are one sample: an image (`jpg`, `jpeg`,
 `png`, `webp`), and captions from `json` (a list under `captions`, or a string under `caption`) or else from `txt`.
@@ -48,8 +48,8 @@ def read_shard(stream: IO[bytes], name: str) -> Iterator[CaptionedImage | Fault]
 
 
 class _StrictMember(tarfile.TarInfo):
-    """tarfile takes a damaged header, or a file that stops after a member, for the end of the archive: rows would be
-    missing without a word. The end is the mark of zeros that every archive closes with."""
+    """tarfile takes a damaged header, or a file that stops after a member, for the end of the archive, and rows would
+    be missing silently. The real end is the block of zeros that closes every archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictMember":
