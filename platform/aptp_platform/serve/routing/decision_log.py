@@ -49,7 +49,7 @@ class DecisionLog:
             "routed": choice.routed,
             "reason": choice.reason,
             "routing": choice.routing,
-            "predicted_loss": None if choice.routing == "similarity" else losses,
+            "predicted_loss": losses or None,
             "similarities": similarities if choice.routing == "similarity" else None,
             "margin": round(choice.margin, 8),
             "unknown": choice.unknown,

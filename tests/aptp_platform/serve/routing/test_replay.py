@@ -48,7 +48,7 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Release, Release
     return first, second
 
 
-def write_log(folder: Path, release: Release, *, plain: bool) -> list[Choice]:
+def write_log(folder: Path, release: Release, *, plain: bool, price: float | None = None) -> list[Choice]:
     """The log of a server of this release that was asked for PROMPTS, and its choices."""
     catalog = ReleaseSource(str(release.path)).catalog(with_teacher=False)
     idle = Situation(catalog, dict.fromkeys((model.name for model in catalog.models), 1))
@@ -56,7 +56,7 @@ def write_log(folder: Path, release: Release, *, plain: bool) -> list[Choice]:
     choices = []
     scored = score_prompts(Router.load(release.router_path), PROMPTS, catalog.familiar)
     for prompt, scores in zip(PROMPTS, scored, strict=True):
-        request = GenerationRequest(prompt, (1, 2), 4, 7.5, (16, 16))
+        request = GenerationRequest(prompt, (1, 2), 4, 7.5, (16, 16), price=price)
         choices.append(choose(request, scores, idle))
         log.write(request, choices[-1], "ok", 0.1)
     return choices
@@ -69,6 +69,20 @@ def test_against_its_own_release_a_log_changes_nothing(releases: tuple[Release, 
     assert told.macs_before == told.macs_after == sum(choice.macs * 4 * 2 for choice in choices)
     assert told.unknown_before == told.unknown_after == sum(bool(choice.unknown) for choice in choices)
     assert 0 < told.unknown_after < len(PROMPTS), "the anchors are familiar, not everything is"
+
+
+def test_a_price_is_replayed_and_a_log_without_one_is_read(tmp_path: Path) -> None:
+    release = build_release(tmp_path / "release", num_codes=2, with_teacher=False, routing="need")
+    choices = write_log(tmp_path / "log", release, plain=True, price=0.0)
+    assert {choice.reason for choice in choices} == {"price"}
+    told = replay([tmp_path / "log"], ReleaseSource(str(release.path)))
+    assert told.macs_before == told.macs_after == sum(choice.macs * 4 * 2 for choice in choices)
+
+    (file,) = (tmp_path / "log").iterdir()
+    file.write_text(file.read_text().replace('"price": 0.0, ', ""))
+    older = replay([file], ReleaseSource(str(release.path)))
+    assert (older.replayed, older.broken) == (len(PROMPTS), 0)
+    assert older.macs_after < older.macs_before, "at the release's own price some take the cheaper code"
 
 
 def test_against_another_release_it_says_who_goes_elsewhere(releases: tuple[Release, Release], tmp_path: Path) -> None:
