@@ -106,7 +106,8 @@ def pack_if_faster(name: str, modules: Iterable[nn.Module], trial: Callable[[], 
     if weights is None:
         return False
     ends = time.monotonic() + seconds
-    plain_s, packed_s = [], []
+    plain_s: list[float] = []
+    packed_s: list[float] = []
     while len(plain_s) < _TRIALS and (not plain_s or time.monotonic() < ends):
         packed_s.append(_cpu_s(trial))
         weights.unpack()

@@ -19,8 +19,8 @@ def test_a_prompt_lies_by_its_similarities_and_has_the_code_that_the_router_give
         gone = torch.tensor(scores.similarities) - torch.tensor(made.offset)
         place = (torch.tensor(made.projection) @ gone).tolist()
         assert place == pytest.approx(anchor.place, abs=1e-4)
-    for place, anchor in zip(made.codes, made.prompts, strict=True):
-        assert anchor.place == pytest.approx(place, abs=1e-3), "code k is what anchor k is predicted to need"
+    for corner, anchor in zip(made.codes, made.prompts, strict=True):
+        assert anchor.place == pytest.approx(corner, abs=1e-3), "code k is what anchor k is predicted to need"
 
     router.bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))
     biased = code_map(router, ANCHORS)
