@@ -39,7 +39,7 @@ def tiny_run(folder: Path, *, num_codes: int = 2, budget: float = 0.7, steps: in
             "data": {"source": str(folder), "image_size": 16},
             "model": {"pipeline": str(folder / "model")},
             "router": {"num_codes": num_codes, "budget": budget, "need": {"enough": 8}},
-            "prune": {"run": training, "objective": {"warmup_steps": 1}},
+            "prune": {"run": training, "objective": {"warmup_steps": 1, "balance": 10.0}},
             "assign": {"if_fewer": "merge"},
             "finetune": {"run": training},
             "evaluate": {"timesteps": [500], "batch_size": 8},

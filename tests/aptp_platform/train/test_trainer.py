@@ -14,7 +14,7 @@ from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
 from aptp_platform.storage.store import Store
 from aptp_platform.train.stream import Stream, files_of
-from aptp_platform.train.trainer import check_group, check_shape, finetune, prune
+from aptp_platform.train.trainer import check_group, check_shape, finetune, prune, share
 from tests.support.fault_proxy import FAULTS, FaultProxy
 from tests.support.s3_server import S3Server
 from tests.support.tiny_run import ROWS, tiny_run
@@ -58,6 +58,7 @@ def test_the_stages_learn_and_publish(pruned: tuple[RunConfig, dict[str, Any]]) 
     assert router.num_codes == 2
     assert all(share > 0 for share in summary["usage"])
 
+    assert share(config) == {"steps": 0}
     assign(config)
     assert cut(config)["networks"] == 2
     finetune(config)
