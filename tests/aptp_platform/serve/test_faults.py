@@ -214,9 +214,11 @@ def test_another_release_is_rolled_out_under_load_without_a_failed_request(
 
     for body, answer in load.during(url, bodies, lambda: serve.run(build(changed), name="aptp", route_prefix="/")):
         assert answer.status_code == 200, answer.text
+        if answer.headers["x-aptp-reason"] == "overflow":  # the old release's target still holds on a busy machine
+            continue
         pixels = pixels_of(answer.json()["data"][0]["b64_json"])
         request = (str(body["prompt"]), int(str(body["seed"])))
         matches = [int((pixels - each).abs().max()) <= 1 for each in wanted[request]]
-        assert any(matches), (body, answer.headers)
+        assert any(matches), (body, dict(answer.headers))
         served[matches.index(True)] += 1
     assert min(served) > 0, served

@@ -41,7 +41,7 @@ def place(
     if (np.bincount(home, minlength=codes) <= room).all():
         return [int(code) for code in home]
     lost = values[np.arange(count), home][:, None] - values
-    lost /= lost.max() or 1  # losses are small beside the costs below
+    lost /= lost.max() or 1  # whatever its unit
     waiting = count + 1.0  # more than all others can lose by making room
     lost[~_may_stand_in(home, np.asarray(ratios), None if losses is None else np.asarray(losses))] = 2 * waiting
     # One row a prompt and one for the room that is left over; one column a code and one for waiting.
