@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from aptp_platform.serve.cpu import packing
 from aptp_platform.serve.cpu.packing import PackedConv2d, PackedLinear, PackedWeights, PatchConv2d, pack_if_faster
 from tests.support.tiny_pipeline import build_pipeline
 
