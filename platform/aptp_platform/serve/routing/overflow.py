@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from aptp_platform.serve.routing.pot import emd
 
@@ -54,7 +54,9 @@ def place(
 
 
 def _may_stand_in(
-    home: np.ndarray, ratios: Float[np.ndarray, " code"], losses: Float[np.ndarray, "prompt code"] | None
+    home: Int[np.ndarray, " prompt"],
+    ratios: Float[np.ndarray, " code"],
+    losses: Float[np.ndarray, "prompt code"] | None,
 ) -> Bool[np.ndarray, "prompt code"]:
     if losses is None:
         return ratios[None, :] >= ratios[home][:, None] - _SMALLER

@@ -17,10 +17,9 @@ def test_a_prompt_lies_by_its_similarities_and_has_the_code_that_the_router_give
     assert [each.code for each in made.prompts] == router.route(ANCHORS).indices.tolist()
     for anchor, scores in zip(made.prompts, scored, strict=True):
         gone = torch.tensor(scores.similarities) - torch.tensor(made.offset)
-        place = (torch.tensor(made.projection) @ gone).tolist()
-        assert place == pytest.approx(anchor.place, abs=1e-4)
-    for corner, anchor in zip(made.codes, made.prompts, strict=True):
-        assert anchor.place == pytest.approx(corner, abs=1e-3), "code k is what anchor k is predicted to need"
+        assert (torch.tensor(made.projection) @ gone).tolist() == pytest.approx(anchor.place, abs=1e-4)
+    for place, anchor in zip(made.codes, made.prompts, strict=True):
+        assert anchor.place == pytest.approx(place, abs=1e-3), "code k is what anchor k is predicted to need"
 
     router.bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))
     biased = code_map(router, ANCHORS)
