@@ -8,6 +8,7 @@ task. Prompts are routed at the price at which they cost the budget, so that all
 import io
 import tempfile
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final
 
 import numpy as np
@@ -73,7 +74,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     held = read_held_out(config, root.join(HELD_OUT_ROWS), config.evaluate.images)
     router = refitted_router(root)
     if router.need is not None:
-        set_price(router, held.embeddings, config.router.budget, tolerance=0.5, balance=config.refit.balance)
+        set_price(router, held.embeddings, config.router.budget, tolerance=inf, balance=config.refit.balance)
     routes = router.route_embeddings(held.embeddings)
     codes = routes.indices.numpy()
     drawn = list(range(min(len(codes), config.evaluate.generated)))
