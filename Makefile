@@ -84,7 +84,7 @@ serve: setup ## serve the demo's release until ^C; GPU=1: that of make demo GPU=
 bench-train: setup ## what training costs beyond its arithmetic; writes benchmarks/results/train.json
 	$(BIN)/python -m benchmarks.train
 
-bench-ablation: setup ## what the CPU trick of serving brings alone; writes benchmarks/results/ablation.json
+bench-ablation: setup ## what two removed CPU tricks brought the server, each alone; writes benchmarks/results/ablation.json
 	PYTHONPATH=.:platform $(BIN)/python -m benchmarks.ablation
 
 lock: ## refresh every lock from pyproject.toml; KEEP=1 changes only what is missing or no longer allowed

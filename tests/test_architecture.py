@@ -25,9 +25,8 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "sharing", "trainer"],
     "experts": ["assign", "cut", "refit", "score", "arms", "report", "evaluate", "publish", "tune"],
     "serve": [
-        "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",
+        "messages", "args", "retries", "release_source", "replicas", "engine", "routing", "http", "app",
     ],
-    "serve/cpu": ["packing"],
     "serve/engine": ["images", "denoising", "batch_size", "batching", "metrics", "expert"],
     "serve/routing": [
         "pot", "overflow", "prompt_cache", "selection", "routing_map", "decision_log", "drift", "metrics", "replay",
@@ -188,5 +187,5 @@ def test_these_rules_can_fail() -> None:
     assert forbidden_in_library("def f():\n    import ray.data\n") == {"ray"}
     assert list(imports_of("from aptp.codes import Site")) == ["aptp.codes", "aptp.codes.Site"]
     assert imported_from("aptp", "from aptp.gates import gated") == {"gates"}
-    assert below("serve", "args", "from aptp_platform.serve.cpu.packing import pack_if_faster") == {"cpu"}
+    assert below("serve", "args", "from aptp_platform.serve.engine.images import encode_image") == {"engine"}
     assert below("serve/engine", "images", "from aptp_platform.serve.engine.denoising import Denoiser") == {"denoising"}

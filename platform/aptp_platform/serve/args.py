@@ -61,7 +61,9 @@ class ExpertArgs(_Section):
         default="auto", description="samples denoised together; auto: a replica measures at its start how many pay"
     )
     largest_batch: int = Field(default=16, ge=1, description="the most that auto may find")
-    measure_s: float = Field(default=5.0, gt=0, description="what each measurement may take at a replica's start")
+    measure_s: float = Field(
+        default=5.0, gt=0, description="what measuring the batch size may take at a replica's start"
+    )
     batching: Literal["steps", "requests"] = Field(
         default="steps", description="requests: newcomers wait for the whole batch to end; to compare with"
     )

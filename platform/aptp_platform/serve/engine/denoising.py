@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from aptp.latents import encode_texts
 
@@ -159,11 +159,6 @@ class Denoiser:
             pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8)
             images.update((id(sample), image) for sample, image in zip(group, pixels, strict=True))
         return [images[id(sample)] for sample in samples]
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """All that computes here."""
-        return self._unet, self._vae.decoder, self._text_encoder
 
     def count_tokens(self, prompt: str) -> int:
         """How many tokens of the prompt the text encoder reads."""

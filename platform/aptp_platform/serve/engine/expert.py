@@ -16,7 +16,6 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from aptp.expert import load_expert
 from aptp.release import Release
 from aptp_platform.serve.args import ExpertArgs
-from aptp_platform.serve.cpu.packing import pack_if_faster
 from aptp_platform.serve.engine.batch_size import best_batch_size
 from aptp_platform.serve.engine.batching import EngineFullError, Rendered, RequestHandle, StepEngine, TooLateError
 from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
@@ -46,7 +45,6 @@ class Expert:
         index = None if model == TEACHER else [code.name for code in catalog.codes].index(model)
         self._denoiser = load_denoiser(source.for_model(model), index, device=args.device, dtype=_DTYPES[args.dtype])
         self._warm_up()
-        pack_if_faster(model, self._denoiser.networks, self._warm_up, seconds=args.measure_s)
         self._batch_limit = self._measured_batch_size(args) if args.max_batch_size == "auto" else args.max_batch_size
         metrics = ExpertMetrics(model, self._batch_limit)
         self._engine = StepEngine(

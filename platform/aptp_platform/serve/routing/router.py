@@ -16,7 +16,6 @@ from ray.serve.handle import DeploymentHandle
 from aptp.release import Release
 from aptp.router import Router as PromptRouter
 from aptp_platform.serve.args import ServeArgs
-from aptp_platform.serve.cpu.packing import pack_if_faster
 from aptp_platform.serve.messages import (
     TEACHER,
     Accepted,
@@ -38,7 +37,6 @@ from aptp_platform.serve.routing.prompt_cache import RoutingCache, score_prompts
 from aptp_platform.serve.routing.routing_map import code_map
 from aptp_platform.serve.routing.selection import Situation, decide
 
-_MEASURE_S: Final = 2.0  # that choosing a layout for the encoder's weights may take
 _SMOOTHING: Final = 0.2  # weight of the newest image in a model's mean step time
 _OTHER_REPLICA_S: Final = 1.0  # in which a model's replica of this release is found, if there is one
 _MAX_RETRY_AFTER_S: Final = 60.0  # clients give up above two minutes
@@ -47,9 +45,7 @@ _MAX_RETRY_AFTER_S: Final = 60.0  # clients give up above two minutes
 def load_prompt_router(release: Release) -> PromptRouter:
     """The release's router with its encoder, ready to answer on a CPU."""
     router = PromptRouter.load(release.router_path)
-    encoder = router.encoder
-    assert encoder is not None  # a release without one is not published
-    pack_if_faster("the router", [encoder.model], lambda: encoder.encode(["a prompt"]), seconds=_MEASURE_S)
+    assert router.encoder is not None  # a release without one is not published
     return router
 
 

@@ -1,1 +1,0 @@
-"""What replicas on CPUs use in addition: packed weights, where a replica measures that they are faster."""
