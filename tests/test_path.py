@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from aptp.release import read_release
-from aptp_platform.config import ConfigError, RunConfig
+from aptp_platform.config import ConfigError, ReuseConfig, RunConfig
 from aptp_platform.config_file import load_config, parse_config, to_tree
 from aptp_platform.experts.evaluate import evaluate
 from aptp_platform.run.cluster import free_ports
@@ -129,6 +129,22 @@ def test_a_second_run_reuses_every_stage_and_another_config_does_not(config: Run
     assert require_stage("encode", other) == require_stage("encode", config)
     with pytest.raises(ConfigError, match=r"share: its result .* was made from another config"):
         run_stage("assign", other, said.append)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_starts_from_the_stages_of_another(config: RunConfig, tmp_path: Path) -> None:
+    for stage in ("encode", "prune", "share"):
+        run_stage(stage, config)
+    kept = Path(config.root, "encoded")
+    other = replace(config, root=str(tmp_path / "other"), reuse=ReuseConfig(encode=config.root, share=config.root))
+    said: list[str] = []
+    run_stage("encode", other, said.append)
+    summary = run_stage("assign", other, said.append)
+    assert said[0] == f"[encode] reused: {kept.as_uri()}, as reuse.encode says"
+    assert summary["captions"] == 48
+    assert {path.name for path in Path(other.root).iterdir()} == {"assigned", "leases", "stages"}
+    with pytest.raises(ConfigError, match=r"share: its result in .* was made from another config"):
+        run_stage("assign", replace(other, seed=1))
 
 
 @pytest.mark.usefixtures("local_ray")

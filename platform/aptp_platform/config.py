@@ -83,6 +83,7 @@ class TrainingConfig:
     prefetch_bytes: Annotated[int, Field(ge=64_000_000)] = 256_000_000  # of rows in the object store
     learning_rate: Positive = 2e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 100
+    final_learning_rate: Amount | None = None  # reached at the last step, along a cosine; unset: it stays constant
     weight_decay: float = 0.0
     workers: Count = 1
     cpus_per_worker: Amount = 0.5
@@ -118,6 +119,8 @@ class FinetuneSection:
     """Stage 2: how the training of each network runs, and what it minimises."""
 
     run: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=30_000, learning_rate=1e-5))
+    # What run.steps counts: the steps of every expert, or the mean of the experts', each with its share of the prompts.
+    steps_of: Literal["each", "mean"] = "each"
     objective: FinetuningConfig = field(default_factory=FinetuningConfig)
 
 
@@ -238,6 +241,19 @@ class TuneConfig:
 
 
 @dataclass(frozen=True)
+class ReuseConfig:
+    """Roots of other runs that have finished a stage from the same config: it is read there, and not run here."""
+
+    encode: str | None = None
+    prune: str | None = None
+    share: str | None = None
+    assign: str | None = None
+    cut: str | None = None
+    finetune: str | None = None
+    refit: str | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that a run depends on."""
 
@@ -245,6 +261,7 @@ class RunConfig:
 
     root: str = "runs/default"  # a path or a URI; each stage has its folder in it
     seed: int = 0
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

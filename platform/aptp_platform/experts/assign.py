@@ -21,7 +21,7 @@ from aptp.router import Router
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.data.encode import translated_errors
 from aptp_platform.data.encoded import READER_CPUS, write_table
-from aptp_platform.run.layout import ASSIGNED, ROUTER, SHARED, TRAIN_ROWS
+from aptp_platform.run.layout import ASSIGNED, ROUTER, SHARED, TRAIN_ROWS, home
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
@@ -30,12 +30,9 @@ _BINS = 1000  # of the cosines from -1 to 1
 _UNFAMILIAR = 0.01  # the share of training captions that counts as unfamiliar
 
 
-def assign(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
+def assign(config: RunConfig) -> dict[str, Any]:
     """Route the captions of the encoded training rows into `assigned/`: `router/`, and a file for each of their files
     with the key and a code for each caption.
-
-    Args:
-        encoded: the folder of encoded training rows, unless it is this run's own.
 
     Returns:
         `shares`: each code's share of all captions. `kept`: which of the pruned router's codes they are. `familiar`:
@@ -45,11 +42,11 @@ def assign(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
         ConfigError: a code has fewer prompts than `assign.min_prompts`, or there is nothing to route.
     """
     root = Store.open(config.root, config.storage)
-    encoded, target = encoded or root.join(TRAIN_ROWS), root.join(ASSIGNED)
+    encoded, target = home(config, "encode").join(TRAIN_ROWS), root.join(ASSIGNED)
     names = encoded.require("*.parquet", "root, or run the encode job first")
     root.remove(ASSIGNED)
     with tempfile.TemporaryDirectory() as scratch:
-        router = Router.load(root.join(SHARED).fetch(ROUTER, scratch))
+        router = Router.load(home(config, "share").join(SHARED).fetch(ROUTER, scratch))
     _publish(router, target)
     (usage, familiarity), least = _route_all(config, encoded, target, names), config.assign.min_prompts
     kept = list(range(router.num_codes))

@@ -17,30 +17,25 @@ from aptp.slicing import slice_unet
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import CUT, SHARED, TRAIN_ROWS, UNET, assigned_router, network_of
+from aptp_platform.run.layout import CUT, SHARED, TRAIN_ROWS, UNET, assigned_router, home, network_of
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
 BASELINES: Final = ("uniform", "magnitude", "random", "block-removal")
 
 
-def cut(config: RunConfig, encoded: Store | None = None) -> dict[str, Any]:
+def cut(config: RunConfig) -> dict[str, Any]:
     """Publish `cut/00/`, `cut/01/`, ... and `cut/<baseline>/`; returns each one's share of the full model's MACs.
-
-    Args:
-        encoded: the folder of encoded training rows, unless it is this run's own.
 
     Raises:
         ConfigError: a baseline is unknown.
     """
-    root = Store.open(config.root, config.storage)
-    encoded = encoded or root.join(TRAIN_ROWS)
     if unknown := [name for name in config.cut.baselines if name not in BASELINES]:
         raise ConfigError(f"cut.baselines: {unknown[0]!r}: must be one of {', '.join(BASELINES)}")
-    router = assigned_router(root)
+    router = assigned_router(config)
     codes = router.architecture_codes()
     wanted = {network_of(index): code for index, code in enumerate(codes)} | dict.fromkeys(config.cut.baselines)
-    size = latent_size(encoded)
+    size = latent_size(home(config, "encode").join(TRAIN_ROWS))
     pending = {_cut_one.remote(config, name, code, router.space, size): name for name, code in wanted.items()}
     ratios: dict[str, float] = {}
     with Progress("cut", len(wanted)) as progress:
@@ -64,18 +59,19 @@ def _cut_one(
     if code is None:
         code = _baseline(config, name, parts.unet, table)
     with tempfile.TemporaryDirectory() as scratch:
-        small = slice_unet(_trained(root, parts.unet, shared=name not in config.cut.baselines), code)
+        small = slice_unet(_trained(config, parts.unet, shared=name not in config.cut.baselines), code)
         base = BaseModel.of(parts.unet, config.model.pipeline)
         save_expert(Path(scratch) / name, small, code, base=base, cost=table)
         root.join(CUT).publish(Path(scratch) / name, name, last=("code.json",))
     return float(table.ratio(code.mask[None])[0])
 
 
-def _trained(root: Store, unet: nn.Module, *, shared: bool) -> nn.Module:
+def _trained(config: RunConfig, unet: nn.Module, *, shared: bool) -> nn.Module:
     """The weights that a network is cut from: the shared ones, if the stage `share` trained any."""
-    if shared and root.join(SHARED).exists(f"{UNET}/config.json"):
+    trained = home(config, "share").join(SHARED)
+    if shared and trained.exists(f"{UNET}/config.json"):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = root.join(SHARED).fetch(UNET, scratch)
+            folder = trained.fetch(UNET, scratch)
             return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     return unet
 

@@ -37,7 +37,7 @@ from aptp_platform.experts.arms import (
 from aptp_platform.experts.report import Evaluation, write_report
 from aptp_platform.experts.score import HeldOut, batches_of, check_scoring, read_held_out, row_generator, row_losses
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import FINETUNED, HELD_OUT_ROWS, network_of, refitted_router
+from aptp_platform.run.layout import FINETUNED, home, network_of, refitted_router
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
@@ -71,8 +71,9 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     """
     check_scoring(config.evaluate)
     root = Store.open(config.root, config.storage)
-    held = read_held_out(config, root.join(HELD_OUT_ROWS), config.evaluate.images)
-    router = refitted_router(root)
+    held = read_held_out(config, config.evaluate.images)
+    router = refitted_router(config)
+    tuned = home(config, "finetune")
     if router.need is not None:
         set_price(router, held.embeddings, config.router.budget, tolerance=inf, balance=config.refit.balance)
     routes = router.route_embeddings(held.embeddings)
@@ -89,9 +90,9 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     }
     scored = _score_all(config, held, tasks)
     experts = np.stack([scored[network_of(code)].losses for code in range(router.num_codes)])
-    costs = np.array([_cost(root, f"{FINETUNED}/{network_of(code)}") for code in range(router.num_codes)])
+    costs = np.array([_cost(tuned, f"{FINETUNED}/{network_of(code)}") for code in range(router.num_codes)])
     teacher = scored[TEACHER].losses[0]
-    others = {name: (scored[name].losses[0], _cost(root, folder)) for name, folder in singles.items()}
+    others = {name: (scored[name].losses[0], _cost(tuned, folder)) for name, folder in singles.items()}
     arms = build_arms(teacher, experts, codes, costs, others)
     features, pictures = _by_arm(scored, codes, drawn, list(singles))
     facts, real = arm_facts(arms), _real_features(config)
@@ -180,7 +181,7 @@ def _score(config: RunConfig, held: HeldOut, task: Task) -> Scores:
     unet = parts.unet
     if task.network is not None:
         with tempfile.TemporaryDirectory() as scratch:
-            unet = load_expert(Store.open(config.root, config.storage).fetch(task.network, scratch))
+            unet = load_expert(home(config, "finetune").fetch(task.network, scratch))
     device = torch.device("cuda" if config.evaluate.gpus_per_network else "cpu")
     pipeline = parts.pipeline(unet.eval()).to(device)
     pipeline.set_progress_bar_config(disable=True)

@@ -14,7 +14,7 @@ from aptp.release import ReleaseInfo, write_release
 from aptp_platform.config import RunConfig
 from aptp_platform.config_file import to_tree
 from aptp_platform.models import fetch_model, load_pipeline_parts
-from aptp_platform.run.layout import EVALUATED, FINETUNED, RELEASE, network_of, refitted_router
+from aptp_platform.run.layout import EVALUATED, FINETUNED, RELEASE, home, network_of, refitted_router
 from aptp_platform.run.path import fingerprint, require_stage
 from aptp_platform.storage.store import Store
 
@@ -24,9 +24,10 @@ def publish(config: RunConfig) -> dict[str, Any]:
     root = Store.open(config.root, config.storage)
     assigned, refitted = require_stage("assign", config), require_stage("refit", config)
     with tempfile.TemporaryDirectory() as scratch:
-        router = refitted_router(root)
+        router = refitted_router(config)
         router.encoder = PromptEncoder.load(fetch_model(config.model.prompt_encoder, config.storage))
-        experts = [root.join(FINETUNED).fetch(network_of(code), scratch) for code in range(router.num_codes)]
+        tuned = home(config, "finetune").join(FINETUNED)
+        experts = [tuned.fetch(network_of(code), scratch) for code in range(router.num_codes)]
         _write_pipeline(config, Path(scratch) / "pipeline")
         release = write_release(
             Path(scratch) / "release",

@@ -29,7 +29,7 @@ from aptp.routes import require_used
 from aptp_platform.config import RunConfig
 from aptp_platform.data.encoded import choose_caption, read_table, row_identity
 from aptp_platform.models import PipelineParts, load_pipeline_parts
-from aptp_platform.run.layout import FINETUNED, REFITTED, ROUTER, TRAIN_ROWS, assigned_router, network_of
+from aptp_platform.run.layout import FINETUNED, REFITTED, ROUTER, TRAIN_ROWS, assigned_router, home, network_of
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
@@ -54,14 +54,14 @@ def refit(config: RunConfig) -> dict[str, Any]:
         UnusedCodeError: there are fewer prompts than experts.
     """
     root = Store.open(config.root, config.storage)
-    router = assigned_router(root)
+    router = assigned_router(config)
     if router.need is None:
         _publish(router, root)
         return {"codes": router.num_codes, "routing": "similarity"}
     settings = config.refit
     demands = {"CPU": ("cpus_per_task", settings.cpus_per_task), "GPU": ("gpus_per_task", settings.gpus_per_task)}
     require_room("refit", None, 1, demands, spare=0.0)
-    rows = _sample(root.join(TRAIN_ROWS), settings.prompts, config.seed)
+    rows = _sample(home(config, "encode").join(TRAIN_ROWS), settings.prompts, config.seed)
     measured = _measure_all(config, rows, router.num_codes)
     times, errors, losses = (torch.cat(parts) for parts in zip(*measured, strict=True))
     embeddings = torch.from_numpy(np.stack([row["embedding"] for row in rows])).float()
@@ -148,10 +148,10 @@ def _measure(config: RunConfig, rows: Sequence[Row], num_codes: int) -> Measured
     batches = list(_batches(config, parts, rows, device))
     answers = [_answer(parts.unet.to(device), batch) for batch in batches]
     errors, losses = [], []
-    root = Store.open(config.root, config.storage)
+    tuned = home(config, "finetune").join(FINETUNED)
     for code in range(num_codes):
         with tempfile.TemporaryDirectory() as scratch:
-            expert = load_expert(root.join(FINETUNED).fetch(network_of(code), scratch)).to(device)
+            expert = load_expert(tuned.fetch(network_of(code), scratch)).to(device)
         pairs = list(zip(batches, answers, strict=True))
         answered = [_answer(expert, batch) for batch in batches]
         errors.append(torch.cat([per_sample_error(a, b) for a, b in zip(answered, answers, strict=True)]))

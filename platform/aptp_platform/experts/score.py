@@ -20,8 +20,8 @@ from aptp.metrics import paired_denoising_loss
 from aptp_platform.config import ConfigError, EvaluateConfig, RunConfig
 from aptp_platform.data.encoded import choose_caption, read_encoded
 from aptp_platform.models import PipelineParts
+from aptp_platform.run.layout import HELD_OUT_ROWS, home
 from aptp_platform.run.resources import require_room
-from aptp_platform.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class HeldOut:
     embeddings: Float[Tensor, "row dim"]
 
 
-def read_held_out(config: RunConfig, encoded: Store, limit: int) -> HeldOut:
-    """At most `limit` rows of a run's `encoded/heldout`, one caption of each."""
-    rows = read_encoded(encoded)
+def read_held_out(config: RunConfig, limit: int) -> HeldOut:
+    """At most `limit` rows of the run's `encoded/heldout`, one caption of each."""
+    rows = read_encoded(home(config, "encode").join(HELD_OUT_ROWS))
     if not rows:
         raise ConfigError(
             f"data.heldout: {config.data.heldout!r}: no encoded row came of it; name shards that training does not see"

@@ -23,7 +23,7 @@ from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
 from aptp_platform.experts.score import check_scoring, read_held_out, row_losses
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import CUT, HELD_OUT_ROWS, TRAIN_ROWS, TRIALS, assigned_router, network_of
+from aptp_platform.run.layout import CUT, HELD_OUT_ROWS, TRAIN_ROWS, TRIALS, assigned_router, home, network_of
 from aptp_platform.storage.store import Store
 from aptp_platform.train.trainer import check_group, prune, share
 
@@ -52,8 +52,9 @@ def tune(config: RunConfig) -> dict[str, Any]:
     A trial that finished under the same config is not run again; an interrupted one continues.
     """
     root = Store.open(config.root, config.storage)
-    root.join(TRAIN_ROWS).require("*.parquet", "root, or run the encode job first")
-    root.join(HELD_OUT_ROWS).require("*.parquet", "data.heldout, or run the encode job first")
+    encoded = home(config, "encode")
+    encoded.join(TRAIN_ROWS).require("*.parquet", "root, or run the encode job first")
+    encoded.join(HELD_OUT_ROWS).require("*.parquet", "data.heldout, or run the encode job first")
     check_group(config.prune.run, "prune.run", config.encode)
     check_scoring(config.evaluate)
     pairs = list(product(config.tune.num_codes, config.tune.budgets))
@@ -97,17 +98,17 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         root=folder.uri,
         router=replace(config.router, num_codes=num_codes, budget=budget),
         cut=replace(config.cut, baselines=()),
+        reuse=replace(config.reuse, encode=home(config, "encode").uri),
     )
     facts = {"config": to_tree(own)}
     if folder.exists("trial.json") and (before := folder.read_json("trial.json"))["config"] == facts["config"]:
         return {"trial": before["trial"]}
-    encoded = shared.join(TRAIN_ROWS)
-    prune(own, encoded)
-    share(own, encoded)
-    shares = assign(own, encoded)["shares"]
-    ratios = cut(own, encoded)["MACs ratios"]
+    prune(own)
+    share(own)
+    shares = assign(own)["shares"]
+    ratios = cut(own)["MACs ratios"]
     score = _score.options(num_gpus=own.evaluate.gpus_per_network)
-    loss, full, ratio = ray.get(score.remote(own, shared, ratios))
+    loss, full, ratio = ray.get(score.remote(own, ratios))
     seconds = round(time.monotonic() - started, 1)
     trial = Trial(num_codes, budget, folder.uri, ratio, loss, loss - full, shares, seconds)
     folder.write_json("trial.json", {**facts, "trial": asdict(trial)})
@@ -116,12 +117,12 @@ def _trial(settings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
 
 # DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into the trial's own resources, next to none.
 @ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
-def _score(config: RunConfig, shared: Store, ratios: dict[str, float]) -> tuple[float, float, float]:
+def _score(config: RunConfig, ratios: dict[str, float]) -> tuple[float, float, float]:
     """Mean held-out loss of the experts, of the full model on the same rows and noise, and the experts' MACs ratio."""
     parts = load_pipeline_parts(config.model, config.storage)
-    held = read_held_out(config, shared.join(HELD_OUT_ROWS), SCORED_ROWS)
+    held = read_held_out(config, SCORED_ROWS)
     own = Store.open(config.root, config.storage)
-    names = [network_of(code) for code in assigned_router(own).route_embeddings(held.embeddings).indices.tolist()]
+    names = [network_of(code) for code in assigned_router(config).route_embeddings(held.embeddings).indices.tolist()]
     device = "cuda" if config.evaluate.gpus_per_network else "cpu"
     ours = []
     with TemporaryDirectory() as scratch:

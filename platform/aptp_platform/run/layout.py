@@ -22,6 +22,7 @@ from aptp_platform.storage.store import Store
 
 if TYPE_CHECKING:
     from aptp.router import Router
+    from aptp_platform.config import RunConfig
 
 ENCODED: Final = "encoded"
 TRAIN_ROWS: Final = "encoded/train"
@@ -47,14 +48,19 @@ def network_of(code: int) -> str:
     return f"{code:02d}"
 
 
-def assigned_router(root: Store) -> Router:
+def home(config: RunConfig, stage: str) -> Store:
+    """The root under which a stage's folder is read: this run's own, or that of the run that `reuse` names."""
+    return Store.open(getattr(config.reuse, stage, None) or config.root, config.storage)
+
+
+def assigned_router(config: RunConfig) -> Router:
     """The router that says which codes are cut, and which prompts their experts are trained on."""
-    return _router(root.join(ASSIGNED))
+    return _router(home(config, "assign").join(ASSIGNED))
 
 
-def refitted_router(root: Store) -> Router:
+def refitted_router(config: RunConfig) -> Router:
     """The router of the trained experts: what is evaluated and served."""
-    return _router(root.join(REFITTED))
+    return _router(home(config, "refit").join(REFITTED))
 
 
 def _router(folder: Store) -> Router:

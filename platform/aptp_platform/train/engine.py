@@ -4,6 +4,7 @@ Only this file names ZeRO. Whatever is partitioned, the state comes out as whole
 number of workers saved, another can load.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -95,10 +96,20 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def set_learning_rate(engine: Any, training: TrainingConfig, step: int) -> None:
-    """Linear warm-up, then constant: a function of the step alone."""
-    share = min(1.0, (step + 1) / max(training.warmup_steps, 1))
+    """What `learning_rate_at` says of this step, for all weights."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = training.learning_rate * share
+        group["lr"] = learning_rate_at(training, step)
+
+
+def learning_rate_at(training: TrainingConfig, step: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to the last step's: a function of the step alone."""
+    rate, warmup = training.learning_rate, training.warmup_steps
+    if step < warmup:
+        return rate * (step + 1) / warmup
+    if (final := training.final_learning_rate) is None:
+        return rate
+    done = (step - warmup) / max(training.steps - 1 - warmup, 1)
+    return final + (rate - final) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
 def compute_in(network: nn.Module, precision: str) -> None:

@@ -19,7 +19,7 @@ from aptp.sharing import SharingStage
 from aptp_platform.config import RunConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, to_tree
 from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import PRUNED, ROUTER, SHARED, TENSORBOARD, UNET
+from aptp_platform.run.layout import PRUNED, ROUTER, SHARED, TENSORBOARD, UNET, home
 from aptp_platform.storage.store import Store
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
@@ -65,7 +65,7 @@ class ShareSpec:
     def build(self, device: torch.device) -> Work:
         config, parts = self.config, load_pipeline_parts(self.config.model, self.config.storage)
         with tempfile.TemporaryDirectory() as scratch:
-            router = Router.load(self._root.join(PRUNED).fetch(ROUTER, scratch))
+            router = Router.load(home(config, "prune").join(PRUNED).fetch(ROUTER, scratch))
         student = copy.deepcopy(parts.unet).float()
         module = SharingStage(
             student,

@@ -26,7 +26,7 @@ from aptp_platform.config import RouterSection, RunConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, to_tree
 from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import PipelineParts, fetch_model, load_pipeline_parts, pruning_space
-from aptp_platform.run.layout import CUT, FINETUNED, PRUNED, ROUTER, TENSORBOARD
+from aptp_platform.run.layout import CUT, FINETUNED, PRUNED, ROUTER, TENSORBOARD, home
 from aptp_platform.storage.store import Store
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
@@ -157,6 +157,7 @@ class FinetuneSpec:
     config: RunConfig
     stream: Stream
     network: str  # a folder of `cut/`: a code's number or a baseline's name
+    steps: int
 
     @property
     def name(self) -> str:
@@ -164,7 +165,7 @@ class FinetuneSpec:
 
     @property
     def training(self) -> TrainingConfig:
-        return self.config.finetune.run
+        return replace(self.config.finetune.run, steps=self.steps)
 
     @property
     def seed(self) -> int:
@@ -239,7 +240,7 @@ class FinetuneSpec:
         return {"network": self.network, "MACs ratio": round(info.cost.ratio, 4)}
 
     def _cut(self, scratch: str) -> Path:
-        return Store.open(self.config.root, self.config.storage).join(CUT).fetch(self.network, scratch)
+        return home(self.config, "cut").join(CUT).fetch(self.network, scratch)
 
 
 def batches_of(
@@ -275,8 +276,10 @@ def common_of(config: RunConfig) -> dict[str, Any]:
 
 
 def result_of(training: TrainingConfig) -> dict[str, Any]:
-    """The fields of a training that change its result: not how long, by how many workers, how often it is saved."""
+    """The fields of a training that change its steps: not by how many workers, how often it is saved, nor how many
+    there are, unless the learning rate follows from it."""
     tree = to_tree(training)
+    steps = tree["steps"]
     for name in (
         "steps", "prefetch_bytes", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_every",
         "checkpoints_kept",
@@ -284,4 +287,6 @@ def result_of(training: TrainingConfig) -> dict[str, Any]:
         del tree[name]
     for name in ("zero_stage", "offload", "activation_checkpointing"):
         del tree["engine"][name]
+    if training.final_learning_rate is not None:
+        tree["steps"] = steps
     return tree

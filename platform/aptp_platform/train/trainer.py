@@ -5,7 +5,7 @@ whatever ended it; one that had finished is not run again.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import floor
@@ -34,6 +34,7 @@ from aptp_platform.run.layout import (
     TRAIN_ROWS,
     UNET,
     assigned_router,
+    home,
     network_of,
 )
 from aptp_platform.run.progress import Progress
@@ -48,54 +49,65 @@ from aptp_platform.train.specs import FinetuneSpec, PruneSpec
 from aptp_platform.train.stream import READER_CPUS, READERS, Stream, files_by_code, files_of
 
 
-def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
-    """Learn the router and the codes; publishes `pruned/router/`.
-
-    Args:
-        encoded: the folder of encoded training rows, unless it is this run's own.
-    """
+def prune(config: RunConfig) -> Summary:
+    """Learn the router and the codes; publishes `pruned/router/`."""
     root = Store.open(config.root, config.storage)
-    encoded = encoded or root.join(TRAIN_ROWS)
     check_group(config.prune.run, "prune.run", config.encode)
-    stream = _stream(config, encoded, config.prune.run)
+    stream = _stream(config, config.prune.run)
     check_shape(config, stream)
     return fit(PruneSpec(config, stream), root.join(PRUNED, CHECKPOINTS), ROUTER)
 
 
-def share(config: RunConfig, encoded: Store | None = None) -> Summary:
+def share(config: RunConfig) -> Summary:
     """Train the network's weights under the gates of all codes; publishes `shared/`.
 
     Without steps there is no such training: the router is handed on as it is.
-
-    Args:
-        encoded: the folder of encoded training rows, unless it is this run's own.
     """
     root = Store.open(config.root, config.storage)
     if not config.share.run.steps:
         with tempfile.TemporaryDirectory() as scratch:
-            router = root.join(PRUNED).fetch(ROUTER, scratch)
+            router = home(config, "prune").join(PRUNED).fetch(ROUTER, scratch)
             root.join(SHARED).publish(router, ROUTER, last=("router.json",))
         return {"steps": 0}
     check_group(config.share.run, "share.run", config.encode)
-    stream = _stream(config, encoded or root.join(TRAIN_ROWS), config.share.run)
+    stream = _stream(config, config.share.run)
     return fit(ShareSpec(config, stream), root.join(SHARED, CHECKPOINTS), UNET)
 
 
 def finetune(config: RunConfig) -> Summary:
     """Fine-tune every cut network, side by side as the cluster allows; publishes `finetuned/<network>/`."""
     root = Store.open(config.root, config.storage)
-    encoded, assigned = root.join(TRAIN_ROWS), root.join(ASSIGNED)
+    assigned = home(config, "assign").join(ASSIGNED)
     check_group(config.finetune.run, "finetune.run", config.encode)
-    everything = _stream(config, encoded, config.finetune.run)
+    everything = _stream(config, config.finetune.run)
+    files = files_by_code(assigned, assigned_router(config).num_codes)
     streams = {
-        network_of(code): replace(everything, files=files, assigned=assigned, code=code)
-        for code, files in enumerate(files_by_code(assigned, assigned_router(root).num_codes))
+        network_of(code): replace(everything, files=mine, assigned=assigned, code=code)
+        for code, mine in enumerate(files)
     }
+    counts = expert_steps(config, [sum(file.rows for file in mine) for mine in files])
+    steps = dict(zip(streams, counts, strict=True))
     streams |= dict.fromkeys(config.cut.baselines, everything)
-    specs = {network: FinetuneSpec(config, stream, network) for network, stream in streams.items()}
+    specs = {
+        network: FinetuneSpec(config, stream, network, steps.get(network, config.finetune.run.steps))
+        for network, stream in streams.items()
+    }
     at_once = _groups_at_once(config.finetune.run, config.encode)
     summaries = fit_all(specs, root.join(FINETUNED, CHECKPOINTS), at_once)
     return {"networks": len(summaries), "summaries": summaries}
+
+
+def expert_steps(config: RunConfig, rows: Sequence[int]) -> list[int]:
+    """How many steps each expert trains, by the rows that it trains on.
+
+    `finetune.steps_of: mean` means `router.num_codes` times `finetune.run.steps` in all, also where codes were merged:
+    shared out by rows, every prompt is seen equally often.
+    """
+    settings = config.finetune
+    if settings.steps_of == "each":
+        return [settings.run.steps] * len(rows)
+    total = settings.run.steps * config.router.num_codes
+    return [max(1, round(total * count / sum(rows))) for count in rows]
 
 
 def fit(spec: TrainingSpec, runs: Store, name: str) -> Summary:
@@ -175,9 +187,9 @@ def check_shape(config: RunConfig, stream: Stream) -> None:
         )
 
 
-def _stream(config: RunConfig, encoded: Store, training: TrainingConfig) -> Stream:
-    """All rows of an encoded data set."""
-    source = None
+def _stream(config: RunConfig, training: TrainingConfig) -> Stream:
+    """All encoded training rows."""
+    encoded, source = home(config, "encode").join(TRAIN_ROWS), None
     if not config.encode.cache_latents:
         names = tuple(file.name for file in source_files(config.data, config.storage) if file.split == "train")
         source = Source(config.data, config.storage, config.model, config.encode, names)

@@ -94,7 +94,7 @@ def test_a_code_with_too_few_prompts_is_merged_into_those_nearest_to_each(config
     assert before["kept"] == [0, 1]
     assert "code 2 has 0 of 13 prompts, assign.min_prompts is 1: codes [2] are merged" in capsys.readouterr().out
     expected = two.keeping([1, 0])
-    torch.testing.assert_close(assigned_router(Store.open(config.root)).state_dict(), expected.state_dict())
+    torch.testing.assert_close(assigned_router(config).state_dict(), expected.state_dict())
     embeddings = torch.from_numpy(np.concatenate([row["embeddings"] for row in read_encoded(encoded(config))])).float()
     assert before["shares"] == pytest.approx(expected.route_embeddings(embeddings).usage().tolist(), abs=1e-5)
 

@@ -50,7 +50,7 @@ def a_run(folder: Path, routing: str) -> RunConfig:
 def test_the_need_head_is_fitted_to_what_the_experts_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = a_run(tmp_path, "need")
     summary = refit(config)
-    router = refitted_router(Store.open(config.root))
+    router = refitted_router(config)
     assert router.need is not None
     rows = stage._sample(Store.open(config.root).join("encoded", "train"), 40, config.seed)
     assert 20 <= len(rows) <= 40

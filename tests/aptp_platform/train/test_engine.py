@@ -1,6 +1,7 @@
 """Whole state in, whole state out, whatever is partitioned; settings that exclude each other; precision by network."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from aptp_platform.config import ConfigError, EngineConfig, TrainingConfig
 from aptp_platform.train.checkpoint import Restored
-from aptp_platform.train.engine import check_engine, compute_in
+from aptp_platform.train.engine import check_engine, compute_in, learning_rate_at
+from aptp_platform.train.specs import result_of
 from tests.support.toy_ranks import CONFIG, run_ranks
 from tests.support.toy_spec import ToyModule
 
@@ -84,3 +86,21 @@ def test_only_the_named_network_computes_in_half_precision() -> None:
     assert seen == [True, True]
     assert not torch.is_autocast_enabled("cpu")
     assert network.weight.dtype == torch.float32
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    constant = TrainingConfig(steps=101, warmup_steps=10, learning_rate=2.0)
+    assert [learning_rate_at(constant, step) for step in (0, 4, 9, 10, 100)] == [0.2, 1.0, 2.0, 2.0, 2.0]
+    falling = replace(constant, final_learning_rate=0.5)
+    rates = [learning_rate_at(falling, step) for step in range(101)]
+    assert rates[:10] == [learning_rate_at(constant, step) for step in range(10)]
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.25)  # halfway
+    assert rates[100] == pytest.approx(0.5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_number_of_steps_belongs_to_a_result_only_where_the_learning_rate_falls() -> None:
+    constant, falling = (TrainingConfig(steps=10, final_learning_rate=final) for final in (None, 0.0))
+    assert result_of(constant) == result_of(replace(constant, steps=20))
+    assert result_of(falling) != result_of(replace(falling, steps=20))

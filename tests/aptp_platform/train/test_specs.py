@@ -30,7 +30,7 @@ def test_batches_and_steps_are_on_the_worker_s_device(tmp_path: Path) -> None:
     save_expert(expert, slice_unet(unet, code), code, base=BaseModel.of(unet, "here"), cost=table)
 
     encoded = Store.open(config.root).join("encoded", "train")
-    work = FinetuneSpec(config, Stream(encoded, files_of(encoded), 0), "00").build(torch.device("meta"))
+    work = FinetuneSpec(config, Stream(encoded, files_of(encoded), 0), "00", steps=1).build(torch.device("meta"))
     module = work.module.to("meta")  # as the engine moves it
     batch = next(work.batches(0, 0, 1))
     with OnMeta():

@@ -14,7 +14,7 @@ from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
 from aptp_platform.storage.store import Store
 from aptp_platform.train.stream import Stream, files_of
-from aptp_platform.train.trainer import check_group, check_shape, finetune, prune, share
+from aptp_platform.train.trainer import check_group, check_shape, expert_steps, finetune, prune, share
 from tests.support.fault_proxy import FAULTS, FaultProxy
 from tests.support.s3_server import S3Server
 from tests.support.tiny_run import ROWS, tiny_run
@@ -103,3 +103,13 @@ def test_what_cannot_work_is_one_line_before_it_starts(
     fine = tiny_run(tmp_path / "fine", num_codes=2 * 2 * ROWS)
     check_group(fine.prune.run, "prune.run", fine.encode)
     check_shape(fine, Stream(encoded, files_of(encoded), 0))
+
+
+def test_steps_are_shared_out_by_prompts(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    run = replace(config.finetune.run, steps=100)
+    config = replace(config, router=replace(config.router, num_codes=4), finetune=replace(config.finetune, run=run))
+    assert expert_steps(config, [10, 30]) == [100, 100]
+    mean = replace(config, finetune=replace(config.finetune, steps_of="mean"))
+    assert expert_steps(mean, [10, 30]) == [100, 300], "two of four codes were merged: all 400 steps are trained"
+    assert expert_steps(mean, [1, 9999]) == [1, 400]
