@@ -231,6 +231,17 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ExperimentConfig:
+    """The method against opponents of equal cost and training, by `jobs/evaluate_experts.py`."""
+
+    budgets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()  # none: this run alone is evaluated
+    seeds: tuple[int, ...] = (0,)
+    opponents: tuple[str, ...] = ("one_code", "one_code_short", "similarity_routing")
+    baselines: tuple[str, ...] = ()  # codes that nobody learned, as cut.baselines, trained as long as one_code
+    at_once: Count = 1  # runs that are trained at the same time
+
+
+@dataclass(frozen=True)
 class TuneConfig:
     """The sweep of `jobs/tune_pruning.py`."""
 
@@ -276,4 +287,5 @@ class RunConfig:
     finetune: FinetuneSection = field(default_factory=FinetuneSection)
     refit: RefitConfig = field(default_factory=RefitConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)

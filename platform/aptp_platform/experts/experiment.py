@@ -1,0 +1,124 @@
+"""The method against opponents that cost the same and train as long: each a run of its own, per budget and seed.
+
+    <root>/runs/budget-0.35/seed-0/routed/               the config as it is
+                                   one_code/             one learned code, trained as long as all experts together
+                                   one_code_short/       one learned code, trained as long as one expert
+                                   similarity_routing/   prompts go by similarity of gates, in equal shares
+
+All runs read the root's own encoded rows. The total is `share.run.steps` and, for each of `router.num_codes` codes,
+`finetune.run.steps`; a learning rate that falls does so over all of a run's steps. `random_routing` and `oracle` use
+the method's experts; `experiment.baselines` are cut and trained in the run of `one_code`, as long as its network. What
+is finished is reused, and what was interrupted goes on, as in any run.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
+from math import inf
+
+from aptp_platform.config import ConfigError, ExperimentConfig, ReuseConfig, RunConfig
+from aptp_platform.run.layout import home
+from aptp_platform.run.path import STAGES, run_stage
+
+METHOD = "routed"
+ONE, SHORT, SIMILARITY = "one_code", "one_code_short", "similarity_routing"
+OPPONENTS = (ONE, SHORT, SIMILARITY)
+STAGES_OF_A_RUN = tuple(name for name in STAGES if name not in ("encode", "publish"))
+
+
+def total_steps(config: RunConfig) -> int:
+    """The training that an arm has, in steps of one network: stage 1 is not counted, which all arms have alike."""
+    return config.share.run.steps + config.router.num_codes * config.finetune.run.steps
+
+
+def check_experiment(config: RunConfig) -> None:
+    """ConfigError for opponents that there are not, or a comparison that would not be at equal training."""
+    chosen = config.experiment
+    if unknown := [name for name in chosen.opponents if name not in OPPONENTS]:
+        raise ConfigError(f"experiment.opponents: {unknown[0]!r}: must be one of {', '.join(OPPONENTS)}")
+    if chosen.baselines and ONE not in chosen.opponents:
+        raise ConfigError(
+            f"experiment.baselines: {chosen.baselines[0]!r}: train in the run of {ONE}; add it to opponents"
+        )
+    if not chosen.seeds:
+        raise ConfigError("experiment.seeds: []: name at least one seed")
+    if config.share.run.batch_size != config.finetune.run.batch_size and config.share.run.steps:
+        raise ConfigError(
+            f"finetune.run.batch_size: {config.finetune.run.batch_size}: must be share.run.batch_size, "
+            f"{config.share.run.batch_size}: a step of every training counts alike"
+        )
+
+
+def runs_of(config: RunConfig) -> Iterator[tuple[float, int, str, RunConfig]]:
+    """Budget, seed, arm and config of every run, those that others start from first."""
+    arms = (METHOD, *(name for name in OPPONENTS if name in config.experiment.opponents))
+    for budget, seed, arm in product(config.experiment.budgets, config.experiment.seeds, arms):
+        yield budget, seed, arm, run_of(config, budget, seed, arm)
+
+
+def run_of(config: RunConfig, budget: float, seed: int, arm: str) -> RunConfig:
+    """The config of one run."""
+    folder = f"{config.root.rstrip('/')}/runs/budget-{budget:g}/seed-{seed}"
+    own = replace(
+        config,
+        root=f"{folder}/{arm}",
+        seed=seed,
+        reuse=ReuseConfig(encode=home(config, "encode").uri),
+        router=replace(config.router, budget=budget),
+        cut=replace(config.cut, baselines=()),
+        finetune=replace(config.finetune, steps_of="mean"),  # so that totals do not depend on which codes are kept
+        experiment=ExperimentConfig(),
+    )
+    if arm == SIMILARITY:
+        objective = replace(own.prune.objective, warmup="prompts", size_span=0.0, resource="log", balance=inf)
+        router = replace(own.router, routing="similarity")
+        return replace(own, router=router, prune=replace(own.prune, objective=objective))
+    if arm in (ONE, SHORT):
+        steps = total_steps(config)
+        if arm == SHORT:
+            steps = max(1, round(steps / config.router.num_codes))
+            own = replace(
+                own, reuse=replace(own.reuse, **dict.fromkeys(("prune", "share", "assign"), f"{folder}/{ONE}"))
+            )
+        else:
+            own = replace(own, cut=replace(own.cut, baselines=config.experiment.baselines))
+        first = config.share.run if config.share.run.steps else config.finetune.run
+        run = replace(
+            config.finetune.run, steps=steps, learning_rate=first.learning_rate, warmup_steps=first.warmup_steps
+        )
+        return replace(
+            own,
+            router=replace(own.router, num_codes=1),
+            share=replace(own.share, run=replace(own.share.run, steps=0)),
+            finetune=replace(own.finetune, run=run),
+        )
+    return own
+
+
+def train_runs(config: RunConfig) -> list[tuple[float, int, str, RunConfig]]:
+    """Take every run of the experiment to the end of its evaluation, `experiment.at_once` at a time.
+
+    Raises:
+        ConfigError: the experiment cannot be made.
+        Exception: what the first failed run raised, when all others are done.
+    """
+    check_experiment(config)
+    run_stage("encode", config)
+    runs = list(runs_of(config))
+    done: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(config.experiment.at_once) as threads:
+        for _, _, _, run in runs:
+            # Threads take runs in this order, so the one that is waited for has begun.
+            before = done.get(run.reuse.prune) if run.reuse.prune else None
+            done[run.root] = threads.submit(_train, run, before)
+    for future in done.values():
+        future.result()
+    return runs
+
+
+def _train(run: RunConfig, before: Future[None] | None) -> None:
+    if before is not None:
+        before.result()
+    for stage in STAGES_OF_A_RUN:
+        run_stage(stage, run)

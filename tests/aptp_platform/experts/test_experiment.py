@@ -1,0 +1,65 @@
+"""The runs of an experiment: each arm's config, at equal cost and equal training."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from aptp_platform.config import ConfigError, ExperimentConfig, RunConfig
+from aptp_platform.config_file import load_config, parse_config, to_tree
+from aptp_platform.experts.experiment import OPPONENTS, check_experiment, runs_of, total_steps
+from aptp_platform.run.path import fingerprint
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    chosen = ["experiment.budgets=[0.35, 0.5]", "experiment.seeds=[0, 1]", "experiment.baselines=[magnitude]"]
+    more = ["share.run.steps=100", "share.run.batch_size=16", "share.run.learning_rate=0.001", "finetune.run.steps=50"]
+    return load_config("jobs/configs/demo.yaml", [*chosen, *more])
+
+
+def test_every_arm_costs_and_trains_the_same(config: RunConfig) -> None:
+    runs = list(runs_of(config))
+    assert len(runs) == 2 * 2 * (1 + len(OPPONENTS))
+    assert len({run.root for *_, run in runs}) == len(runs)
+    assert total_steps(config) == 300
+    for budget, seed, arm, run in runs:
+        assert (run.router.budget, run.seed) == (budget, seed)
+        assert total_steps(run) == (75 if arm == "one_code_short" else 300)
+        assert run.finetune.steps_of == "mean"
+        assert run.cut.baselines == (("magnitude",) if arm == "one_code" else ())
+        assert parse_config(to_tree(run)) == run
+    rates = {arm: run.finetune.run.learning_rate for *_, arm, run in runs}
+    assert rates["routed"] == rates["similarity_routing"] == config.finetune.run.learning_rate
+    assert rates["one_code"] == rates["one_code_short"] == 0.001, "the rate that a training starts at"
+
+
+def test_what_arms_have_in_common_is_made_once(config: RunConfig) -> None:
+    runs = {arm: run for budget, seed, arm, run in runs_of(config) if (budget, seed) == (0.5, 1)}
+    assert {run.reuse.encode for run in runs.values()} == {runs["routed"].reuse.encode}
+    assert runs["one_code_short"].reuse.assign == runs["one_code"].root
+    for stage in ("prune", "share", "assign"):
+        assert fingerprint(stage, runs["one_code_short"]) == fingerprint(stage, runs["one_code"])
+    assert fingerprint("prune", runs["one_code"]) != fingerprint("prune", runs["routed"])
+    assert fingerprint("prune", runs["similarity_routing"]) != fingerprint("prune", runs["routed"])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "line"),
+    [
+        (
+            {"opponents": ("one_cod",)},
+            r"^experiment.opponents: 'one_cod': must be one of one_code, one_code_short, sim",
+        ),
+        ({"opponents": (), "baselines": ("random",)}, r"^experiment.baselines: 'random': train in the run of one_code"),
+        ({"seeds": ()}, r"^experiment.seeds: \[\]: name at least one seed"),
+    ],
+)
+def test_what_is_no_comparison_is_one_line(config: RunConfig, experiment: dict[str, Any], line: str) -> None:
+    check_experiment(config)
+    with pytest.raises(ConfigError, match=line):
+        check_experiment(replace(config, experiment=ExperimentConfig(budgets=(0.5,), **experiment)))
+    with pytest.raises(ConfigError, match=r"^finetune.run.batch_size: 8: must be share.run.batch_size, 16"):
+        check_experiment(
+            replace(config, finetune=replace(config.finetune, run=replace(config.finetune.run, batch_size=8)))
+        )
