@@ -37,6 +37,7 @@ class NeedConfig:
     noise: variance of one observation, in units of the variance of g.
     memory: observations that training keeps, the newest; solving for n of them takes n^3 / 3 multiply-adds.
     enough: observations before which training does not route by what is predicted.
+    recent: observations, counted back, over which a code's level fades while codes are trained.
     """
 
     length: float = 0.7
@@ -44,9 +45,10 @@ class NeedConfig:
     noise: float = 1.0
     memory: int = 1536
     enough: int = 256
+    recent: float = 128.0
 
     def __post_init__(self) -> None:
-        for name in ("length", "noise"):
+        for name in ("length", "noise", "recent"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, it is {getattr(self, name)}")
         if not 0 <= self.shared <= 1:
@@ -97,8 +99,10 @@ class NeedMemory(nn.Module):
         self.count += len(seen)
 
     def observations(self) -> Observations:
-        count = min(int(self.count), len(self.errors))
-        return Observations(*(getattr(self, name)[:count] for name in ("embeddings", "codes", "times", "errors")))
+        """The oldest first."""
+        count, size = int(self.count), len(self.errors)
+        order = torch.arange(max(0, count - size), count, device=self.count.device) % size
+        return Observations(*(getattr(self, name)[order] for name in ("embeddings", "codes", "times", "errors")))
 
 
 class NeedHead(nn.Module):
@@ -134,10 +138,14 @@ class NeedHead(nn.Module):
         return (self._log_errors(embeddings.float()) + over_time).exp() * self.loss_per_error.float()
 
     @torch.no_grad()
-    def observe(self, seen: Observations, embeddings: Float[Tensor, "prompt dim"] | None = None) -> "NeedHead":
+    def observe(
+        self, seen: Observations, embeddings: Float[Tensor, "prompt dim"] | None = None, *, drifting: bool = False
+    ) -> "NeedHead":
         """Solves the regression for these observations and forgets all others; returns itself.
 
         embeddings: of many prompts, whose centre and spread set the kernel's scale; unset: those that were observed.
+        drifting: they were made one after the other while the codes changed, the oldest first. What a code's errors are
+            on average is then a moving mean, and the newest say what it is now.
 
         Raises:
             ValueError: there is no observation, or one is not finite.
@@ -151,16 +159,28 @@ class NeedHead(nn.Module):
             )
         self._set_scale(z if embeddings is None else embeddings.float())
         log_errors, intervals = _log(errors), _intervals(seen.times)
-        self._set_levels(log_errors, codes, intervals)
-        rest = log_errors - self.levels[codes] - self.profile[codes, intervals]
+        member = one_hot(codes, self.num_codes).to(z)
+        moved = self._drift(log_errors, member) if drifting else torch.zeros_like(log_errors)
+        self._set_levels(log_errors - moved, codes, intervals)
+        rest = log_errors - moved - self.levels[codes] - self.profile[codes, intervals]
 
-        shared, member = self.config.shared, one_hot(codes, self.num_codes).to(z)
+        shared = self.config.shared
         covariance = self._kernel(z, z) * (shared + (1 - shared) * (member @ member.T))
         solved = _solve(covariance.double(), rest.double()[:, None], self.config.noise).to(z)
         self._set_anchors(z, solved * (shared + (1 - shared) * member))
 
-        self._meet(errors[:, None].expand(-1, self.num_codes), self._log_errors(z), intervals, member)
+        now = (errors * torch.exp(-moved))[:, None].expand(-1, self.num_codes)
+        self._meet(now, self._log_errors(z), intervals, member)
         return self
+
+    def _drift(self, log_errors: Float[Tensor, " row"], member: Float[Tensor, "row code"]) -> Float[Tensor, " row"]:
+        """How far above its level of now a code's level was when each observation was made."""
+        made = torch.arange(len(log_errors), device=log_errors.device).to(log_errors) / self.config.recent
+        near = torch.exp(-(made[:, None] - made[None]).abs())
+        prior = (near @ log_errors + _PRIOR * log_errors.mean()) / (near.sum(1) + _PRIOR)
+        weight, total = near @ member, near @ (member * log_errors[:, None])
+        levels = (total + _PRIOR * prior[:, None]) / (weight + _PRIOR)  # (row, code): each code's at that time
+        return ((levels - levels[-1]) * member).sum(1)
 
     def _meet(
         self,

@@ -45,7 +45,7 @@ class PruningConfig:
     budget: float = 0.6
     warmup_steps: int = 500
     warmup: Literal["parent", "prompts"] = "parent"
-    size_span: float = 0.2
+    size_span: float = 0.15
     output_weight: float = 0.2
     feature_weight: float = 0.2
     resource: Literal["price", "log"] = "price"
@@ -65,7 +65,7 @@ class PruningConfig:
     normalise_features: bool = True
     assignment_noise: bool = False
     forward_gates: Literal["soft", "hard"] = "soft"
-    balance: float = 0.02
+    balance: float = 0.3
     transport_epsilon: float = 0.005
     transport_iterations: int = 100
     usage_decay: float = 0.9

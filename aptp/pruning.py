@@ -46,6 +46,7 @@ from aptp.router import Router
 from aptp.routes import code_usage
 from aptp.transport import Transport, assign
 
+_FIRST_EXPLORATION: Final = 0.5  # the share of prompts that are only measured until the need head can be solved for
 _LEAST_PRICE: Final = 0.5  # for routing; where the budget binds, prices are near 10
 
 
@@ -125,16 +126,19 @@ class PruningStage(nn.Module):
         theirs = router.features(sampled_codes if noisy else free_codes).detach()
         similarity = ours @ theirs.T
         losses = None if router.need is None else router.need(batch.embeddings)
-        assigned, explored, transport = self._assign(similarity.detach(), losses, noise, gather)
-
         alone_gates = warm and config.warmup == "prompts"
+        parted = router.num_codes > 1 and not warm
+        assigned, explored, transport = self._assign(similarity.detach(), losses, noise, gather, parted=parted)
+
         gates = sampled_prompts if alone_gates else sampled_codes[assigned]
-        if explored is not None:  # measured only: a code learns from the prompts that it will serve
-            gates = torch.where(explored[:, None], gates.detach(), gates)
         mask = router.harden(gates) if config.forward_gates == "hard" else gates
+        if explored is not None:
+            # Measured as it will be cut, which sampled gates are not; and measured only: a code learns from the prompts
+            # that it will serve.
+            mask = torch.where(explored[:, None], router.harden(free_codes)[assigned].detach(), mask)
         terms, errors, added, times = self._denoise(batch, mask, noise, gather)
         if not alone_gates:
-            self._remember(batch, assigned, times, errors, added, noise.step, gather)
+            self._remember(batch, assigned, explored, times, errors, added, noise.step, gather)
 
         routed = router.route_logits(logits, codes, losses)
         decay = config.usage_decay
@@ -206,12 +210,15 @@ class PruningStage(nn.Module):
         losses: Float[Tensor, "row code"] | None,
         noise: Noise,
         gather: Gather,
+        *,
+        parted: bool,
     ) -> tuple[Int[Tensor, " row"], Bool[Tensor, " row"] | None, Transport]:
-        """Each row's code, and whether it is there only to be measured. The transport sees everybody's prompts; its
-        potentials assign our rows."""
+        """Each row's code, and whether it is there only to be measured, which is of use once codes have `parted`. The
+        transport sees everybody's prompts; its potentials assign our rows."""
         config, router = self.config, self.router
-        scores = router.scores(similarity, losses)
+        scores = router.scores(similarity, losses) - (0 if losses is None else router.bias)
         everyone = gather(scores)
+        unit = scores.new_ones(())
         if losses is not None:  # in units in which `balance` and `transport_epsilon` mean the same all along
             unit = gather(losses).mean().clamp_min(1e-12)
             scores, everyone = scores / unit, everyone / unit
@@ -224,16 +231,21 @@ class PruningStage(nn.Module):
         assigned = (scores + transport.potentials).argmax(1)
         if self.memory is None:
             return assigned, None, transport
+        # What routes by the router alone, the price above all, sees the codes' shares as the transport sets them.
+        router.bias.lerp_(unit * transport.potentials, 1 - config.usage_decay)
         unknown = self.memory.count < router.config.need.enough
-        explored = (noise.uniform(use="exploration") < config.exploration) & ~unknown
+        share = torch.where(unknown, max(_FIRST_EXPLORATION, config.exploration), config.exploration)
+        explored = noise.uniform(use="exploration") < share if parted else None
         drawn = noise.integers(router.num_codes, use="explored code")
-        return torch.where(explored | unknown, drawn, assigned), explored, transport
+        random = unknown if explored is None else explored | unknown
+        return torch.where(random, drawn, assigned), explored, transport
 
     @torch.no_grad()
     def _remember(
         self,
         batch: Batch,
         assigned: Int[Tensor, " row"],
+        explored: Bool[Tensor, " row"] | None,
         times: Float[Tensor, " row"],
         errors: Float[Tensor, " row"],
         added: Float[Tensor, " row"],
@@ -244,13 +256,14 @@ class PruningStage(nn.Module):
         measured = gather(torch.stack([added.abs(), errors], 1)).mean(0)
         first = (self.exchange == 0).all()
         self.exchange.lerp_(measured, torch.where(first, 1.0, 1 - self.config.usage_decay))
-        if self.memory is None or self.router.need is None:
+        if self.memory is None or self.router.need is None or explored is None:
             return
-        seen = Observations(gather(batch.embeddings), gather(assigned), gather(times), gather(errors))
+        (rows,) = torch.nonzero(gather(explored), as_tuple=True)
+        seen = Observations(*(gather(each)[rows] for each in (batch.embeddings, assigned, times, errors)))
         before, enough = int(self.memory.count), self.router.config.need.enough
         self.memory.add(seen)
         if before + len(seen) >= enough and (before < enough or step % self.config.need_every == 0):
-            self.router.need.observe(self.memory.observations())
+            self.router.need.observe(self.memory.observations(), drifting=True)
 
     def _pay(self, ratio: Float[Tensor, ""]) -> Float[Tensor, ""]:
         config = self.config

@@ -116,6 +116,6 @@ class SharingStage(nn.Module):
         before, enough = int(memory.count), self.router.config.need.enough
         memory.add(seen)
         if before + len(seen) >= enough and (before < enough or noise.step % self.refit_every == 0):
-            self.router.need.observe(memory.observations())
+            self.router.need.observe(memory.observations(), drifting=True)
             prompts = memory.observations().embeddings
             set_price(self.router, prompts, self.budget, tolerance=inf, balance=self.balance)

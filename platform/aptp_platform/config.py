@@ -150,6 +150,7 @@ class NeedSection:
     noise: Positive = 1.0
     memory: Count = 1536
     enough: Count = 256
+    recent: Positive = 128.0
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def train(stage: PruningStage, steps: range, optimizer, batch: Batch) -> list[fl
 
 
 def test_every_gate_of_a_used_code_gets_a_task_gradient_and_the_unet_none(unet, space, table):
-    stage = a_stage(unet, space, table)
+    stage = a_stage(unet, space, table, routing="similarity")  # no prompt is there only to be measured
     mask = torch.full((4, len(space)), 0.8, requires_grad=True)
     stage._denoise(a_batch(4), mask, Noise(0, 0, torch.arange(4)))[0]["denoising"].backward()
     assert (mask.grad != 0).all()
@@ -253,6 +253,34 @@ def test_capacity_goes_to_the_prompts_that_need_it(unet, space, table, seed, aga
     needy, needless = found["by kind"][::2], found["by kind"][1::2]
     assert (needless < found["costs"].min() + 0.02).all(), found
     assert needy.mean() > 0.62, found
+
+
+@pytest.mark.parametrize("routing", ["need", "similarity"])
+def test_one_code_is_the_single_code_method(unet, space, table, routing):
+    """Every row trains the one code, whatever the rule of routing; what is left is task and price, computed here."""
+    config = PruningConfig(budget=0.6, warmup_steps=0, contrastive_weight=0.0, exploration=0.5)
+    stage = a_stage(unet, space, table, config, num_codes=1, routing=routing, need=NeedConfig(memory=32, enough=8))
+    batch = a_batch()
+    for step in range(3):  # the need head has enough, rows are explored
+        found = run(stage, batch, step)
+    stage.router.zero_grad()
+    price, noise = stage.price.clone(), Noise(0, 3, batch.rows)
+    found = run(stage, batch, 3)
+    found.total.backward()
+    gradient = stage.router.codes.grad.clone()
+    assert found.metrics["trained"].tolist() == [1.0]
+    assert found.terms["pull"] == 0
+
+    stage.price.copy_(price)
+    gumbel = noise.of(torch.arange(1)).gumbel(stage.router.codes.shape[1], use="codes")
+    gates = stage.router.code_gates(stage.router.codes, gumbel).expand(len(batch.latents), -1)
+    terms, *_ = stage._denoise(batch, gates, noise)
+    weights = {"denoising": 1.0, "output": config.output_weight, "feature": config.feature_weight}
+    paid = stage._pay(table.ratio(stage.router.harden(stage.router.code_gates(stage.router.codes)))[0])
+    expected = sum(weights[name] * term for name, term in terms.items()) + paid
+    (own,) = torch.autograd.grad(expected, [stage.router.codes])
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, own, rtol=1e-3, atol=1e-7)
 
 
 def test_four_steps_are_two_and_a_resumption_and_two(unet, space, table):
