@@ -20,7 +20,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "": ["storage", "unknown_keys", "config", "config_file", "models", "run", "data", "train", "experts", "serve"],
     "storage": ["errors", "store", "lease"],
     "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
-    "data": ["sample", "formats", "captions", "encoded", "encode"],
+    "data": ["sample", "formats", "captions", "encoded", "heldout", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
     "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "sharing", "trainer"],
     "experts": ["assign", "cut", "refit", "score", "arms", "report", "evaluate", "publish", "tune"],

@@ -19,9 +19,10 @@ from rich.table import Table
 from aptp.expert import load_expert
 from aptp_platform.config import RunConfig
 from aptp_platform.config_file import to_tree
+from aptp_platform.data.heldout import read_held_out, row_losses
 from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
-from aptp_platform.experts.score import check_scoring, read_held_out, row_losses
+from aptp_platform.experts.score import check_scoring
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.run.layout import CUT, HELD_OUT_ROWS, TRAIN_ROWS, TRIALS, assigned_router, network_of
 from aptp_platform.storage.store import Store
