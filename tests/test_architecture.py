@@ -22,7 +22,9 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
     "data": ["sample", "formats", "captions", "encoded", "heldout", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
-    "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "sharing", "trainer"],
+    "train": [
+        "source", "stream", "engine", "checkpoint", "curve", "events", "loop", "samples", "specs", "sharing", "trainer",
+    ],
     "experts": ["assign", "cut", "refit", "score", "arms", "report", "evaluate", "publish", "tune"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",

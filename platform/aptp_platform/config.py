@@ -89,6 +89,7 @@ class TrainingConfig:
     gpus_per_worker: Amount = 0.0
     max_failures: Annotated[int, Field(ge=0)] = 2
     checkpoint_every: Count = 500
+    heldout_rows: Annotated[int, Field(ge=0)] = 0  # on which every checkpoint measures the held-out extra loss; 0: none
     checkpoints_kept: Count = 2  # those with the lowest loss; the newest is kept beside them
     engine: EngineConfig = field(default_factory=EngineConfig)
 

@@ -5,7 +5,7 @@ whatever ended it; one that had finished is not run again.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import floor
@@ -40,6 +40,7 @@ from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import differences
+from aptp_platform.train.curve import HeldOutSource
 from aptp_platform.train.engine import check_engine
 from aptp_platform.train.loop import SCORE, Summary, TrainingSpec, train
 from aptp_platform.train.sharing import ShareSpec
@@ -48,27 +49,38 @@ from aptp_platform.train.specs import FinetuneSpec, PruneSpec
 from aptp_platform.train.stream import READER_CPUS, READERS, Stream, files_by_code, files_of
 
 
-def prune(config: RunConfig, encoded: Store | None = None) -> Summary:
+def prune(
+    config: RunConfig,
+    encoded: Store | None = None,
+    heldout: HeldOutSource | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Summary:
     """Learn the router and the codes; publishes `pruned/router/`.
 
     Args:
-        encoded: the folder of encoded training rows, unless it is this run's own.
+        encoded: the folder of encoded training rows, unless it is this run's own. heldout: likewise.
+        callbacks: Ray Train's; they get what each checkpoint reports.
     """
     root = Store.open(config.root, config.storage)
     encoded = encoded or root.join(TRAIN_ROWS)
     check_group(config.prune.run, "prune.run", config.encode)
     stream = _stream(config, encoded, config.prune.run)
     check_shape(config, stream)
-    return fit(PruneSpec(config, stream), root.join(PRUNED, CHECKPOINTS), ROUTER)
+    return fit(PruneSpec(config, stream, heldout), root.join(PRUNED, CHECKPOINTS), ROUTER, callbacks)
 
 
-def share(config: RunConfig, encoded: Store | None = None) -> Summary:
+def share(
+    config: RunConfig,
+    encoded: Store | None = None,
+    heldout: HeldOutSource | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Summary:
     """Train the network's weights under the gates of all codes; publishes `shared/`.
 
     Without steps there is no such training: the router is handed on as it is.
 
     Args:
-        encoded: the folder of encoded training rows, unless it is this run's own.
+        encoded, heldout, callbacks: as for `prune`.
     """
     root = Store.open(config.root, config.storage)
     if not config.share.run.steps:
@@ -78,7 +90,7 @@ def share(config: RunConfig, encoded: Store | None = None) -> Summary:
         return {"steps": 0}
     check_group(config.share.run, "share.run", config.encode)
     stream = _stream(config, encoded or root.join(TRAIN_ROWS), config.share.run)
-    return fit(ShareSpec(config, stream), root.join(SHARED, CHECKPOINTS), UNET)
+    return fit(ShareSpec(config, stream, heldout), root.join(SHARED, CHECKPOINTS), UNET, callbacks)
 
 
 def finetune(config: RunConfig) -> Summary:
@@ -98,7 +110,7 @@ def finetune(config: RunConfig) -> Summary:
     return {"networks": len(summaries), "summaries": summaries}
 
 
-def fit(spec: TrainingSpec, runs: Store, name: str) -> Summary:
+def fit(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any] = ()) -> Summary:
     """Run one spec's worker group to its end, or go on with it; returns the summary of its rank 0.
 
     Args:
@@ -120,7 +132,7 @@ def fit(spec: TrainingSpec, runs: Store, name: str) -> Summary:
         if before.get("steps") == spec.training.steps:
             return before["summary"]
     run.write_json(record, {"config": depends_on})
-    summary = _run_group(spec, runs, name)
+    summary = _run_group(spec, runs, name, callbacks)
     run.write_json(record, {"config": depends_on, "steps": spec.training.steps, "summary": summary})
     return summary
 
@@ -191,7 +203,7 @@ def _stream(config: RunConfig, encoded: Store, training: TrainingConfig) -> Stre
     )
 
 
-def _run_group(spec: TrainingSpec, runs: Store, name: str) -> Summary:
+def _run_group(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any]) -> Summary:
     training = spec.training
     resources = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
     filesystem, path = runs.arrow()
@@ -214,6 +226,7 @@ def _run_group(spec: TrainingSpec, runs: Store, name: str) -> Summary:
                 checkpoint_score_order="min",
             ),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
     )
     try:
