@@ -25,7 +25,8 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "train": [
         "source", "stream", "engine", "checkpoint", "curve", "events", "loop", "samples", "specs", "sharing", "trainer",
     ],
-    "experts": ["assign", "cut", "refit", "score", "arms", "report", "evaluate", "publish", "tune"],
+    "experts": ["assign", "cut", "refit", "score", "arms", "report", "evaluate", "publish", "sweep", "tune"],
+    "experts/sweep": ["space", "choice", "record", "search", "outcome"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",
     ],
@@ -43,8 +44,9 @@ HOMES = {  # where a dependency may be imported, as path prefixes below platform
     "deepspeed": ("train/engine.py",),
     "fastapi": ("serve/",),
     "ray.serve": ("serve/",),
-    "ray.train": ("train/", "experts/tune.py"),
-    "ray.tune": ("experts/tune.py",),
+    "ray.train": ("train/",),
+    "ray.tune": ("experts/tune.py", "experts/sweep/search.py"),
+    "optuna": ("experts/sweep/search.py",),
     "s3fs": ("storage/store.py",),
     "fsspec": ("storage/store.py",),
     "botocore": ("storage/store.py",),

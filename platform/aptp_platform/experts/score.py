@@ -1,7 +1,19 @@
-"""The tasks that score networks on held-out rows: whether the cluster holds one."""
+"""The tasks that score networks on held-out rows: whether the cluster holds one, and those of a sweep's trials."""
 
-from aptp_platform.config import EvaluateConfig
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+
+from aptp.expert import load_expert
+from aptp_platform.config import EvaluateConfig, RunConfig
+from aptp_platform.data.heldout import read_held_out, row_losses
+from aptp_platform.models import load_pipeline_parts
+from aptp_platform.run.layout import CUT, assigned_router, network_of
 from aptp_platform.run.resources import require_room
+from aptp_platform.storage.store import Store
+from aptp_platform.train.curve import HeldOutSource, HeldOutTest, Measured
 
 
 def check_scoring(config: EvaluateConfig) -> None:
@@ -11,3 +23,49 @@ def check_scoring(config: EvaluateConfig) -> None:
         "GPU": ("gpus_per_network", config.gpus_per_network),
     }
     require_room("evaluate", None, 1, shares, spare=0.0)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Measures on the first `rows` of some held-out rows, each time in a task."""
+
+    config: RunConfig
+    rows: int
+
+    def teacher(self, source: Store) -> dict[str, float]:
+        """The full model's loss by key."""
+        return ray.get(self._task(_teacher).remote(self.config, source, self.rows))
+
+    def experts(self, source: HeldOutSource, ratios: dict[str, float]) -> Measured:
+        """The cut experts of the config's run, as its assigned router routes. ratios: their MACs ratios, by name."""
+        return ray.get(self._task(_experts).remote(self.config, source, self.rows, ratios))
+
+    def _task(self, task: Any) -> Any:
+        return task.options(num_gpus=self.config.evaluate.gpus_per_network)
+
+
+# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into the trial's own resources, next to none.
+@ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
+def _teacher(config: RunConfig, source: Store, rows: int) -> dict[str, float]:
+    parts, held = load_pipeline_parts(config.model, config.storage), read_held_out(config, source, rows)
+    losses = row_losses(config.evaluate, parts, parts.unet.to(_device(config)), held, list(range(len(held.keys))))
+    return dict(zip(held.keys, losses.tolist(), strict=True))
+
+
+@ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
+def _experts(config: RunConfig, source: HeldOutSource, rows: int, ratios: dict[str, float]) -> Measured:
+    test = HeldOutTest(config, load_pipeline_parts(config.model, config.storage), source, rows)
+    own = Store.open(config.root, config.storage)
+    names = [network_of(code) for code in assigned_router(own).route_embeddings(test.embeddings).indices.tolist()]
+    extra = cost = 0.0
+    with TemporaryDirectory() as scratch:
+        for name in sorted(set(names)):
+            expert = load_expert(own.join(CUT).fetch(name, scratch)).float().to(_device(config))
+            mine = [row for row in range(len(names)) if names[row] == name]
+            found = test.of_network(expert, mine, ratios[name])
+            extra, cost = extra + found.rows * found.extra_loss, cost + found.rows * found.cost_ratio
+    return Measured(extra / len(names), len(names), cost / len(names))
+
+
+def _device(config: RunConfig) -> str:
+    return "cuda" if config.evaluate.gpus_per_network else "cpu"

@@ -9,7 +9,7 @@ finetuned/00/ ...          the same networks after training; what is beside as i
 refitted/router/           the router, fitted to the experts as they are after training
 evaluated/                 metrics, figures, report
 release/                   what a server reads
-tune/                      one folder per trial of a sweep, each laid out as a root
+tune/                      one folder per trial of a sweep, each laid out as a root; what the sweep found beside them
 stages/                    one record per stage: fingerprint, and summary once it is done
 """
 

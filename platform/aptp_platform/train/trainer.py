@@ -167,13 +167,17 @@ def check_group(training: TrainingConfig, where: str, encode: EncodeConfig) -> N
     require_room(where, "workers", training.workers, shares, spare=beside)
 
 
-def check_shape(config: RunConfig, stream: Stream) -> None:
-    """ConfigError if there are fewer prompts than codes, or the budget is below what this UNet can be pruned to."""
+def check_shape(
+    config: RunConfig, stream: Stream, fields: tuple[str, str] = ("router.num_codes", "router.budget")
+) -> None:
+    """ConfigError if there are fewer prompts than codes, or the budget is below what this UNet can be pruned to.
+
+    Args:
+        fields: what sets the two.
+    """
     num_codes, budget = config.router.num_codes, config.router.budget
     if num_codes > sum(file.rows for file in stream.files) and num_codes > (prompts := stream.num_captions()):
-        raise ConfigError(
-            f"router.num_codes: {num_codes}: there are only {prompts} prompts: set it to at most {prompts}"
-        )
+        raise ConfigError(f"{fields[0]}: {num_codes}: there are only {prompts} prompts: set it to at most {prompts}")
     folder = check_pipeline(config.model, config.storage)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
@@ -182,9 +186,16 @@ def check_shape(config: RunConfig, stream: Stream) -> None:
     table = cost_table(unet, space, latent_size=latent_size(stream.encoded), num_text_tokens=tokens)
     if budget < table.minimum:
         raise ConfigError(
-            f"router.budget: {budget}: this UNet cannot be pruned below {table.minimum:.3f} of its MACs: set a budget "
+            f"{fields[1]}: {budget}: this UNet cannot be pruned below {table.minimum:.3f} of its MACs: set a budget "
             f"of at least {table.minimum + 0.01:.2f}"
         )
+
+
+def check_reach(config: RunConfig, most_codes: int, least_budget: float, fields: tuple[str, str]) -> None:
+    """As `check_shape`, for the ends of what a sweep tries on this run's rows."""
+    ends = replace(config, router=replace(config.router, num_codes=most_codes, budget=least_budget))
+    encoded = Store.open(config.root, config.storage).join(TRAIN_ROWS)
+    check_shape(ends, _stream(ends, encoded, config.prune.run), fields)
 
 
 def _stream(config: RunConfig, encoded: Store, training: TrainingConfig) -> Stream:
