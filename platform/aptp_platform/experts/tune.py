@@ -14,6 +14,7 @@ from typing import Any
 
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.logger import JsonLoggerCallback
 
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.config_file import places, to_tree
@@ -105,7 +106,7 @@ class Sweep:
         trainable = ray_tune.with_resources(
             ray_tune.with_parameters(_trial, config=self.config, encoded=self.encoded, teacher=teacher), TRIAL_RESOURCES
         )
-        # Tune's own loggers would only repeat what the records say, and warn at every curve.
+        # Tune reads its JSON log itself; those for TensorBoard and CSV would warn at every curve.
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         with TemporaryDirectory() as scratch:
             grid = ray_tune.Tuner(
@@ -116,7 +117,9 @@ class Sweep:
                     num_samples=left,
                     max_concurrent_trials=self.config.tune.concurrent,
                 ),
-                run_config=ray_tune.RunConfig(name="tune", storage_path=scratch, verbose=0),
+                run_config=ray_tune.RunConfig(
+                    name="tune", storage_path=scratch, verbose=0, callbacks=[JsonLoggerCallback()]
+                ),
             ).fit()
         for result in (grid[index] for index in range(len(grid))):
             settings = (result.config or {})["settings"]
