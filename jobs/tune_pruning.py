@@ -1,4 +1,4 @@
-"""Search the number of codes and the budget: each trial prunes, assigns, cuts and scores.
+"""Search the number of codes, the budget and more: each trial prunes, shares, assigns, cuts and scores.
 
 ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/tune_pruning.py --config jobs/configs/bucket.yaml
 """

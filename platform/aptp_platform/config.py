@@ -7,7 +7,7 @@ the router and the space repeat fields of the library, because every reading tas
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field
@@ -90,6 +90,7 @@ class TrainingConfig:
     gpus_per_worker: Amount = 0.0
     max_failures: Annotated[int, Field(ge=0)] = 2
     checkpoint_every: Count = 500
+    heldout_rows: Annotated[int, Field(ge=0)] = 0  # on which every checkpoint measures the held-out extra loss; 0: none
     checkpoints_kept: Count = 2  # those with the lowest loss; the newest is kept beside them
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -246,10 +247,15 @@ class ExperimentConfig:
 class TuneConfig:
     """The sweep of `jobs/tune_pruning.py`."""
 
-    num_codes: tuple[int, ...] = (4, 8)
-    budgets: tuple[float, ...] = (0.6, 0.8)
-    trials: int = 4
-    concurrent: int = 1
+    num_codes: tuple[Count, ...] = (4, 8)
+    budgets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.6, 0.8)
+    search: dict[str, Any] = field(default_factory=dict)  # more fields: "prune.run.learning_rate": a list of values, or
+    # {low: 0.01, high: 0.08, log: true}; of the sections router, space, prune, share and assign
+    trials: Count = 4  # in all, those of earlier starts included
+    concurrent: Count = 1
+    rows: Count = 128  # held-out rows that score a trial, at its end and at each checkpoint of its trainings
+    stop_from: Share = 0.5  # of a training's steps: from here on a trial that falls behind is stopped; 1: none is
+    choose: str | None = None  # the name of the trial for chosen.yaml; unset: the lowest loss within router.budget
 
 
 @dataclass(frozen=True)

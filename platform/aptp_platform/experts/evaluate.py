@@ -25,6 +25,7 @@ from aptp.expert import load_expert, read_expert_info
 from aptp.metrics import FeatureStatistics, Lite0, frechet_distance, maximum_mean_discrepancy
 from aptp_platform.config import RunConfig
 from aptp_platform.data.captions import decode_rows, read_captioned, source_files
+from aptp_platform.data.heldout import HeldOut, batches_of, read_held_out, row_generator, row_losses
 from aptp_platform.experts.arms import (
     ROUTED,
     TEACHER,
@@ -35,7 +36,7 @@ from aptp_platform.experts.arms import (
     routed_minus,
 )
 from aptp_platform.experts.report import Evaluation, write_report
-from aptp_platform.experts.score import HeldOut, batches_of, check_scoring, read_held_out, row_generator, row_losses
+from aptp_platform.experts.score import check_scoring
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.run.layout import FINETUNED, home, network_of, refitted_router
 from aptp_platform.run.progress import Progress

@@ -1,56 +1,19 @@
-"""The paired denoising loss on held-out rows: any two networks see the same captions, noise and timesteps.
+"""The tasks that score networks on held-out rows: whether the cluster holds one, and those of a sweep's trials."""
 
-A row's caption, noise and timesteps depend on its key alone: not on the network, on its neighbours or on the batch.
-"""
-
-import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+import ray
 
-from aptp.latents import encode_texts
-from aptp.losses import NoiseSchedule
-from aptp.metrics import paired_denoising_loss
-from aptp_platform.config import ConfigError, EvaluateConfig, RunConfig
-from aptp_platform.data.encoded import choose_caption, read_encoded
-from aptp_platform.models import PipelineParts
-from aptp_platform.run.layout import HELD_OUT_ROWS, home
+from aptp.expert import load_expert
+from aptp_platform.config import EvaluateConfig, RunConfig
+from aptp_platform.data.heldout import read_held_out, row_losses
+from aptp_platform.models import load_pipeline_parts
+from aptp_platform.run.layout import CUT, assigned_router, network_of
 from aptp_platform.run.resources import require_room
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Captioned images that no stage has trained on, ordered by a hash of their keys."""
-
-    keys: list[str]
-    captions: list[str]
-    kinds: list[str]
-    latents: Float[Tensor, "row channel height width"]
-    embeddings: Float[Tensor, "row dim"]
-
-
-def read_held_out(config: RunConfig, limit: int) -> HeldOut:
-    """At most `limit` rows of the run's `encoded/heldout`, one caption of each."""
-    rows = read_encoded(home(config, "encode").join(HELD_OUT_ROWS))
-    if not rows:
-        raise ConfigError(
-            f"data.heldout: {config.data.heldout!r}: no encoded row came of it; name shards that training does not see"
-        )
-    rows = sorted(rows, key=lambda row: hashlib.sha256(row["key"].encode()).digest())[:limit]
-    chosen = [choose_caption(row["key"], len(row["captions"]), 0, config.seed) for row in rows]
-    return HeldOut(
-        [row["key"] for row in rows],
-        [row["captions"][index] for row, index in zip(rows, chosen, strict=True)],
-        [json.loads(row["tags"]).get("kind", "all") for row in rows],
-        torch.from_numpy(np.stack([row["latents"] for row in rows])).float(),
-        torch.from_numpy(np.stack([row["embeddings"][i] for row, i in zip(rows, chosen, strict=True)])).float(),
-    )
+from aptp_platform.storage.store import Store
+from aptp_platform.train.curve import HeldOutTest, Measured
 
 
 def check_scoring(config: EvaluateConfig) -> None:
@@ -62,31 +25,47 @@ def check_scoring(config: EvaluateConfig) -> None:
     require_room("evaluate", None, 1, shares, spare=0.0)
 
 
-@torch.no_grad()
-def row_losses(
-    config: EvaluateConfig, parts: PipelineParts, unet: nn.Module, held: HeldOut, rows: list[int], noise_number: int = 0
-) -> Float[np.ndarray, " row"]:
-    """Each row's loss under `unet`: the mean over `config.timesteps`, at the row's noise of that number."""
-    device = next(unet.parameters()).device
-    schedule, text_encoder = NoiseSchedule(parts.scheduler).to(device), parts.text_encoder.to(device)
-    losses = []
-    for batch in batches_of(rows, config.batch_size):
-        latents = held.latents[batch].to(device)
-        texts = encode_texts(parts.tokenizer, text_encoder, [held.captions[row] for row in batch])
-        generators = [row_generator(held.keys[row], noise_number) for row in batch]
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-        at = [torch.full((len(batch),), timestep, device=device) for timestep in config.timesteps]
-        each = [paired_denoising_loss(unet, schedule, latents, texts, noise.to(device), timesteps) for timesteps in at]
-        losses.append(torch.stack(each).mean(0).cpu())
-    return torch.cat(losses).numpy().astype(np.float64)
+@dataclass(frozen=True)
+class Scorer:
+    """Measures on the first `rows` held-out rows, each time in a task."""
+
+    config: RunConfig
+    rows: int
+
+    def teacher(self) -> dict[str, float]:
+        """The full model's loss by key."""
+        return ray.get(self._task(_teacher).remote(self.config, self.rows))
+
+    def experts(self, teacher: dict[str, float], ratios: dict[str, float]) -> Measured:
+        """The cut experts of the config's run, as its assigned router routes. ratios: their MACs ratios, by name."""
+        return ray.get(self._task(_experts).remote(self.config, self.rows, teacher, ratios))
+
+    def _task(self, task: Any) -> Any:
+        return task.options(num_gpus=self.config.evaluate.gpus_per_network)
 
 
-def row_generator(key: str, number: int = 0) -> torch.Generator:
-    """A noise of the row with this key."""
-    digest = hashlib.sha256(f"{number} {key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+# DEFAULT: in a trial of Ray Tune a task would otherwise have to fit into the trial's own resources, next to none.
+@ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
+def _teacher(config: RunConfig, rows: int) -> dict[str, float]:
+    parts, held = load_pipeline_parts(config.model, config.storage), read_held_out(config, rows)
+    losses = row_losses(config.evaluate, parts, parts.unet.to(_device(config)), held, list(range(len(held.keys))))
+    return dict(zip(held.keys, losses.tolist(), strict=True))
 
 
-def batches_of(rows: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+@ray.remote(num_cpus=0.5, scheduling_strategy="DEFAULT")
+def _experts(config: RunConfig, rows: int, teacher: dict[str, float], ratios: dict[str, float]) -> Measured:
+    test = HeldOutTest(config, load_pipeline_parts(config.model, config.storage), rows, teacher)
+    own = Store.open(config.root, config.storage)
+    names = [network_of(code) for code in assigned_router(config).route_embeddings(test.embeddings).indices.tolist()]
+    extra = cost = 0.0
+    with TemporaryDirectory() as scratch:
+        for name in sorted(set(names)):
+            expert = load_expert(own.join(CUT).fetch(name, scratch)).float().to(_device(config))
+            mine = [row for row in range(len(names)) if names[row] == name]
+            found = test.of_network(expert, mine, ratios[name])
+            extra, cost = extra + found.rows * found.extra_loss, cost + found.rows * found.cost_ratio
+    return Measured(extra / len(names), len(names), cost / len(names))
+
+
+def _device(config: RunConfig) -> str:
+    return "cuda" if config.evaluate.gpus_per_network else "cpu"

@@ -1,15 +1,15 @@
 """Where a run keeps what its stages make: the folders under its root, and the names in them.
 
 encoded/{train,heldout}/   Parquet files of latents, captions and sentence embeddings
-pruned/router/             router and codes as they were learned; checkpoints/ and tensorboard/ beside it
-shared/                    router/ and, if share.run.steps is not 0, unet/; checkpoints/ and tensorboard/ as in pruned/
+pruned/router/             router and codes as they were learned; checkpoints/, curves/ and tensorboard/ beside it
+shared/                    router/ and, if share.run.steps is not 0, unet/; what is beside as in pruned/
 assigned/                  the router with the codes that are kept, and a file of codes for each encoded file
 cut/00/ ... cut/uniform/   one network per code and per baseline
-finetuned/00/ ...          the same networks after training; checkpoints/ and tensorboard/ beside them
+finetuned/00/ ...          the same networks after training; what is beside as in pruned/
 refitted/router/           the router, fitted to the experts as they are after training
 evaluated/                 metrics, figures, report
 release/                   what a server reads
-tune/                      one folder per trial of a sweep, each laid out as a root
+tune/                      one folder per trial of a sweep, each laid out as a root; what the sweep found beside them
 stages/                    one record per stage: fingerprint, and summary once it is done
 """
 
@@ -39,7 +39,8 @@ TRIALS: Final = "tune"
 RECORDS: Final = "stages"
 ROUTER: Final = "router"  # in the folders of pruned, shared, assigned and refitted
 UNET: Final = "unet"  # in the folder of shared
-CHECKPOINTS: Final = "checkpoints"  # in the folders of the three trainings, as is TENSORBOARD
+CHECKPOINTS: Final = "checkpoints"  # in the folders of the three trainings, as are the next two
+CURVES: Final = "curves"
 TENSORBOARD: Final = "tensorboard"
 
 

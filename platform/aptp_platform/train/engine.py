@@ -95,6 +95,11 @@ def _nothing_compiled() -> Iterator[None]:
             deepspeed.ops.__compatible_ops__ = kept
 
 
+def runs_on_all_ranks_only(training: TrainingConfig) -> bool:
+    """Whether a network can be run by all ranks together alone: ZeRO 3 parts its parameters among them."""
+    return training.engine.zero_stage == 3
+
+
 def set_learning_rate(engine: Any, training: TrainingConfig, step: int) -> None:
     """What `learning_rate_at` says of this step, for all weights."""
     for group in engine.optimizer.param_groups:

@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from aptp.losses import LossTerms
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
+from aptp_platform.train.curve import Measured
 
 LOG_EVERY = 5  # steps; between them nothing waits for the device
 HEAT_COLUMNS = 256  # at most; a longer run shows every second column, every fourth, ...
@@ -84,6 +85,11 @@ class Events:
         if "usage" in terms.metrics:
             self._usage.append(terms.metrics["usage"].cpu().numpy())
         self._progress.update(done, **self._facts(terms), loss=scalars["total"], **{"images/s": speed})
+
+    def heldout(self, done: int, point: Measured) -> None:
+        """What held-out rows lose now, and at what cost."""
+        for name, value in (("extra_loss", point.extra_loss), ("cost_ratio", point.cost_ratio)):
+            self._writer.add_scalar(f"heldout/{name}", value, done)
 
     def pictures(self, done: int, drawn: Mapping[str, UInt8[np.ndarray, "row column height width 3"]]) -> None:
         """Grids of pictures, by name."""

@@ -26,12 +26,14 @@ from aptp.noise import Noise
 from aptp_platform.config import TrainingConfig
 from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
-from aptp_platform.train.engine import build_engine, set_learning_rate, whole_state
+from aptp_platform.train.curve import Curve
+from aptp_platform.train.engine import build_engine, runs_on_all_ranks_only, set_learning_rate, whole_state
 from aptp_platform.train.events import Events, should_log
 
 NOTICE_EVERY = 10  # steps; all ranks ask together whether a node of theirs is about to go
 
 SCORE = "loss"  # of a checkpoint: the mean since the one before
+CURVE = "curve"  # what held-out rows have lost so far: the points as plain data
 
 Summary = dict[str, Any]
 
@@ -44,6 +46,7 @@ class Work:
         gradients in it is trained.
     batches: (first, rank, ranks) to that rank's batches from number `first` on, all of one size, without end.
     facts: what is worth a progress line, beside the loss and the speed.
+    curve: what is measured on held-out rows at a checkpoint, if anything is.
     pictures: called on every rank at a checkpoint: grids (row, column, height, width, 3) of what the module draws now.
     finish: called on rank 0 with the trained values by name; publishes the result and returns its summary.
     """
@@ -52,6 +55,7 @@ class Work:
     batches: Callable[[int, int, int], Iterator[Batch]]
     facts: Callable[[LossTerms], Mapping[str, float | str]]
     finish: Callable[[Mapping[str, Tensor]], Summary]
+    curve: Curve | None = None
     pictures: Callable[[], Mapping[str, np.ndarray]] = dict
 
 
@@ -97,6 +101,8 @@ def train(settings: dict[Any, Any]) -> Summary | None:
     batches = work.batches(start * accumulation, rank, ranks)
     images = training.batch_size * accumulation
     saved, noticed, losses = start, False, torch.zeros((), device=device)
+    if work.curve is not None and rank == 0:
+        work.curve.go_on(start)
     with ExitStack() as stack:
         events = None
         if rank == 0:
@@ -118,8 +124,13 @@ def train(settings: dict[Any, Any]) -> Summary | None:
             regular = done % training.checkpoint_every == 0 or done == training.steps
             urgent = done % NOTICE_EVERY == 0 and not noticed and ray.train.get_preemption_info() is not None
             noticed = noticed or urgent
+            if regular and work.curve is not None:
+                if events is not None:
+                    events.heldout(done, work.curve.add(done))
+                elif runs_on_all_ranks_only(training):
+                    work.curve.measure()
             if regular or urgent:
-                _report_checkpoint(engine, spec, done, float(_mean(losses)) / (done - saved))
+                _report_checkpoint(engine, spec, done, float(_mean(losses)) / (done - saved), work.curve)
                 saved, losses = done, torch.zeros_like(losses)
             if regular:
                 pictures = work.pictures()
@@ -197,12 +208,13 @@ def _log_resume(spec: TrainingSpec, restored: Restored, ranks: int) -> None:
     print(line, flush=True)
 
 
-def _report_checkpoint(engine: Any, spec: TrainingSpec, step: int, loss: float) -> None:
+def _report_checkpoint(engine: Any, spec: TrainingSpec, step: int, loss: float, curve: Curve | None) -> None:
     """Give this rank's part of a checkpoint to Ray, which uploads it in the background and registers it when whole."""
+    measured = {} if curve is None else {CURVE: curve.points}
     folder = Path(tempfile.mkdtemp(prefix="aptp-checkpoint-"))
     save_checkpoint(engine, folder, step, spec.depends_on())
     ray.train.report(
-        {"step": step, SCORE: loss},
+        {"training": spec.name, "step": step, SCORE: loss, **measured},
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step-{step:08d}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,

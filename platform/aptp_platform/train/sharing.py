@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from aptp.router import Router
 from aptp.sharing import SharingStage
 from aptp_platform.config import RunConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, to_tree
-from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import PRUNED, ROUTER, SHARED, TENSORBOARD, UNET, home
+from aptp_platform.models import PipelineParts, load_pipeline_parts
+from aptp_platform.run.layout import CURVES, PRUNED, ROUTER, SHARED, TENSORBOARD, UNET, home
 from aptp_platform.storage.store import Store
+from aptp_platform.train.curve import Curve, HeldOutTest, Measured
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
 from aptp_platform.train.specs import batches_of, common_of, result_of
@@ -33,6 +34,7 @@ class ShareSpec:
 
     config: RunConfig
     stream: Stream
+    teacher: Mapping[str, float] = field(default_factory=dict)  # its losses on held-out rows, by key, as far as known
     name: str = "share"
 
     @property
@@ -87,7 +89,21 @@ class ShareSpec:
             partial(batches_of, self.stream, parts, self.training, device),
             self._facts,
             partial(self._finish, module),
+            self._curve(module, parts),
         )
+
+    def _curve(self, module: SharingStage, parts: PipelineParts) -> Curve | None:
+        """Each row under the mask of the code that it is routed to now."""
+        test = HeldOutTest.of(self.config, parts, self.training, self.teacher)
+        if test is None:
+            return None
+
+        def measure() -> Measured:
+            student, router = module.distillation.expert, module.router
+            routes = router.route_embeddings(test.embeddings.to(router.bias.device)).indices.tolist()
+            return test.under_codes(student, module.space, module.codes, router.costs, routes)
+
+        return Curve(self._root.join(SHARED, CURVES), self.name, measure)
 
     @staticmethod
     def _facts(terms: LossTerms) -> dict[str, float | str]:

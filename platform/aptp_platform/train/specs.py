@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,19 @@ from aptp_platform.config import RouterSection, RunConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, to_tree
 from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import PipelineParts, fetch_model, load_pipeline_parts, pruning_space
-from aptp_platform.run.layout import CUT, FINETUNED, PRUNED, ROUTER, TENSORBOARD, home
+from aptp_platform.run.layout import (
+    CURVES,
+    CUT,
+    FINETUNED,
+    PRUNED,
+    ROUTER,
+    TENSORBOARD,
+    assigned_router,
+    home,
+    network_of,
+)
 from aptp_platform.storage.store import Store
+from aptp_platform.train.curve import Curve, HeldOutTest, Measured
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.loop import Summary, Work
 from aptp_platform.train.samples import draw
@@ -42,6 +53,7 @@ class PruneSpec:
 
     config: RunConfig
     stream: Stream
+    teacher: Mapping[str, float] = field(default_factory=dict)  # its losses on held-out rows, by key, as far as known
     name: str = "prune"
 
     @property
@@ -88,8 +100,25 @@ class PruneSpec:
             partial(batches_of, self.stream, parts, self.training, device),
             self._facts,
             partial(self._finish, module, table, embeddings),
+            self._curve(module, parts),
             self._pictures(module, parts),
         )
+
+    def _curve(self, module: PruningStage, parts: PipelineParts) -> Curve | None:
+        """Each row under the hard mask of the code that it is routed to now."""
+        test = HeldOutTest.of(self.config, parts, self.training, self.teacher)
+        if test is None:
+            return None
+
+        @torch.no_grad()
+        def measure() -> Measured:
+            router = module.router
+            embeddings = test.embeddings.to(router.bias.device)
+            masks = router.harden(router.code_gates(router(embeddings)[1]))
+            routes = router.route_embeddings(embeddings).indices.tolist()
+            return test.under_codes(module.unet, module.space, masks, module.table.ratio(masks), routes)
+
+        return Curve(Store.open(self.config.root, self.config.storage).join(PRUNED, CURVES), self.name, measure)
 
     def _pictures(self, module: PruningStage, parts: PipelineParts) -> Callable[[], dict[str, np.ndarray]]:
         """The full model above, below it the codes that the prompts are routed to now."""
@@ -214,8 +243,24 @@ class FinetuneSpec:
             partial(batches_of, self.stream, parts, self.training, device),
             lambda terms: {"denoising": float(terms.terms["denoising"].detach())},
             partial(self._finish, table),
+            self._curve(module, parts, info.cost.ratio),
             self._pictures(module, parts),
         )
+
+    def _curve(self, module: FinetuningStage, parts: PipelineParts, cost: float) -> Curve | None:
+        """The network on the rows that the router sends to it; one that answers for all prompts on all rows."""
+        test = HeldOutTest.of(self.config, parts, self.training, {})
+        if test is None:
+            return None
+        root = Store.open(self.config.root, self.config.storage)
+        rows = list(range(len(test.embeddings)))
+        if self.network not in self.config.cut.baselines:
+            routes = assigned_router(self.config).route_embeddings(test.embeddings).indices.tolist()
+            rows = [row for row in rows if network_of(routes[row]) == self.network]
+        if not rows:
+            print(f"[{self.name}] none of the {len(test.embeddings)} held-out rows goes to this network: no curve")
+            return None
+        return Curve(root.join(FINETUNED, CURVES), self.network, lambda: test.of_network(module.expert, rows, cost))
 
     def _pictures(self, module: FinetuningStage, parts: PipelineParts) -> Callable[[], dict[str, np.ndarray]]:
         """The full model above, below it the network that learns from it."""
@@ -276,13 +321,13 @@ def common_of(config: RunConfig) -> dict[str, Any]:
 
 
 def result_of(training: TrainingConfig) -> dict[str, Any]:
-    """The fields of a training that change its steps: not by how many workers, how often it is saved, nor how many
-    there are, unless the learning rate follows from it."""
+    """The fields of a training that change its steps: not by how many workers, how often it is saved, what is measured
+    then, nor how many there are, unless the learning rate follows from it."""
     tree = to_tree(training)
     steps = tree["steps"]
     for name in (
         "steps", "prefetch_bytes", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_every",
-        "checkpoints_kept",
+        "checkpoints_kept", "heldout_rows",
     ):  # fmt: skip
         del tree[name]
     for name in ("zero_stage", "offload", "activation_checkpointing"):

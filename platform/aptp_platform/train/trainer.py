@@ -49,19 +49,27 @@ from aptp_platform.train.specs import FinetuneSpec, PruneSpec
 from aptp_platform.train.stream import READER_CPUS, READERS, Stream, files_by_code, files_of
 
 
-def prune(config: RunConfig) -> Summary:
-    """Learn the router and the codes; publishes `pruned/router/`."""
+def prune(config: RunConfig, teacher: Mapping[str, float] | None = None, callbacks: Sequence[Any] = ()) -> Summary:
+    """Learn the router and the codes; publishes `pruned/router/`.
+
+    Args:
+        teacher: the full model's losses on held-out rows, by key; unset: they are measured where they are needed.
+        callbacks: Ray Train's; they get what each checkpoint reports.
+    """
     root = Store.open(config.root, config.storage)
     check_group(config.prune.run, "prune.run", config.encode)
     stream = _stream(config, config.prune.run)
     check_shape(config, stream)
-    return fit(PruneSpec(config, stream), root.join(PRUNED, CHECKPOINTS), ROUTER)
+    return fit(PruneSpec(config, stream, teacher or {}), root.join(PRUNED, CHECKPOINTS), ROUTER, callbacks)
 
 
-def share(config: RunConfig) -> Summary:
+def share(config: RunConfig, teacher: Mapping[str, float] | None = None, callbacks: Sequence[Any] = ()) -> Summary:
     """Train the network's weights under the gates of all codes; publishes `shared/`.
 
     Without steps there is no such training: the router is handed on as it is.
+
+    Args:
+        teacher, callbacks: as for `prune`.
     """
     root = Store.open(config.root, config.storage)
     if not config.share.run.steps:
@@ -71,7 +79,7 @@ def share(config: RunConfig) -> Summary:
         return {"steps": 0}
     check_group(config.share.run, "share.run", config.encode)
     stream = _stream(config, config.share.run)
-    return fit(ShareSpec(config, stream), root.join(SHARED, CHECKPOINTS), UNET)
+    return fit(ShareSpec(config, stream, teacher or {}), root.join(SHARED, CHECKPOINTS), UNET, callbacks)
 
 
 def finetune(config: RunConfig) -> Summary:
@@ -110,7 +118,7 @@ def expert_steps(config: RunConfig, rows: Sequence[int]) -> list[int]:
     return [max(1, round(total * count / sum(rows))) for count in rows]
 
 
-def fit(spec: TrainingSpec, runs: Store, name: str) -> Summary:
+def fit(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any] = ()) -> Summary:
     """Run one spec's worker group to its end, or go on with it; returns the summary of its rank 0.
 
     Args:
@@ -132,7 +140,7 @@ def fit(spec: TrainingSpec, runs: Store, name: str) -> Summary:
         if before.get("steps") == spec.training.steps:
             return before["summary"]
     run.write_json(record, {"config": depends_on})
-    summary = _run_group(spec, runs, name)
+    summary = _run_group(spec, runs, name, callbacks)
     run.write_json(record, {"config": depends_on, "steps": spec.training.steps, "summary": summary})
     return summary
 
@@ -167,13 +175,17 @@ def check_group(training: TrainingConfig, where: str, encode: EncodeConfig) -> N
     require_room(where, "workers", training.workers, shares, spare=beside)
 
 
-def check_shape(config: RunConfig, stream: Stream) -> None:
-    """ConfigError if there are fewer prompts than codes, or the budget is below what this UNet can be pruned to."""
+def check_shape(
+    config: RunConfig, stream: Stream, fields: tuple[str, str] = ("router.num_codes", "router.budget")
+) -> None:
+    """ConfigError if there are fewer prompts than codes, or the budget is below what this UNet can be pruned to.
+
+    Args:
+        fields: what sets the two.
+    """
     num_codes, budget = config.router.num_codes, config.router.budget
     if num_codes > sum(file.rows for file in stream.files) and num_codes > (prompts := stream.num_captions()):
-        raise ConfigError(
-            f"router.num_codes: {num_codes}: there are only {prompts} prompts: set it to at most {prompts}"
-        )
+        raise ConfigError(f"{fields[0]}: {num_codes}: there are only {prompts} prompts: set it to at most {prompts}")
     folder = check_pipeline(config.model, config.storage)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
@@ -182,9 +194,15 @@ def check_shape(config: RunConfig, stream: Stream) -> None:
     table = cost_table(unet, space, latent_size=latent_size(stream.encoded), num_text_tokens=tokens)
     if budget < table.minimum:
         raise ConfigError(
-            f"router.budget: {budget}: this UNet cannot be pruned below {table.minimum:.3f} of its MACs: set a budget "
+            f"{fields[1]}: {budget}: this UNet cannot be pruned below {table.minimum:.3f} of its MACs: set a budget "
             f"of at least {table.minimum + 0.01:.2f}"
         )
+
+
+def check_reach(config: RunConfig, most_codes: int, least_budget: float, fields: tuple[str, str]) -> None:
+    """As `check_shape`, for the ends of what a sweep tries on this run's rows."""
+    ends = replace(config, router=replace(config.router, num_codes=most_codes, budget=least_budget))
+    check_shape(ends, _stream(ends, config.prune.run), fields)
 
 
 def _stream(config: RunConfig, training: TrainingConfig) -> Stream:
@@ -203,7 +221,7 @@ def _stream(config: RunConfig, training: TrainingConfig) -> Stream:
     )
 
 
-def _run_group(spec: TrainingSpec, runs: Store, name: str) -> Summary:
+def _run_group(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any]) -> Summary:
     training = spec.training
     resources = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
     filesystem, path = runs.arrow()
@@ -226,6 +244,7 @@ def _run_group(spec: TrainingSpec, runs: Store, name: str) -> Summary:
                 checkpoint_score_order="min",
             ),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
     )
     try:

@@ -1,6 +1,7 @@
 """Both training stages on real worker groups, and what is refused before one starts."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from aptp.router import Router
 from aptp_platform.config import ConfigError, RunConfig, StorageConfig
 from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
+from aptp_platform.models import load_pipeline_parts
 from aptp_platform.storage.store import Store
+from aptp_platform.train.curve import HeldOutTest
 from aptp_platform.train.stream import Stream, files_of
 from aptp_platform.train.trainer import check_group, check_shape, expert_steps, finetune, prune, share
 from tests.support.fault_proxy import FAULTS, FaultProxy
@@ -22,11 +25,12 @@ from tests.support.tiny_run import ROWS, tiny_run
 
 @pytest.fixture(scope="module")
 def pruned(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
-    """A run of two workers, pruned undisturbed, and its summary."""
+    """A run of two workers, pruned undisturbed but measured on the way, and its summary."""
     config = tiny_run(tmp_path_factory.mktemp("pruned"), workers=2)
     config = replace(
         config,
-        finetune=replace(config.finetune, run=replace(config.finetune.run, workers=1)),
+        prune=replace(config.prune, run=replace(config.prune.run, heldout_rows=12)),
+        finetune=replace(config.finetune, run=replace(config.finetune.run, workers=1, heldout_rows=12)),
         cut=replace(config.cut, baselines=()),
     )
     return config, prune(config)
@@ -37,7 +41,12 @@ def test_a_bucket_that_fails_now_and_then_changes_nothing(
 ) -> None:
     config, summary = pruned
     bucket = S3Server(fault_proxy.endpoint).bucket("disturbed")
-    remote = replace(config, root=f"{bucket}/run", storage=StorageConfig(endpoint=fault_proxy.endpoint, timeout_s=1.0))
+    remote = replace(
+        config,
+        root=f"{bucket}/run",
+        storage=StorageConfig(endpoint=fault_proxy.endpoint, timeout_s=1.0),
+        prune=replace(config.prune, run=replace(config.prune.run, heldout_rows=0)),  # it changes nothing either
+    )
     root = Store.open(remote.root, remote.storage)
     root.publish(Path(config.root) / "encoded", "encoded")
     fault_proxy.every = 5
@@ -67,6 +76,18 @@ def test_the_stages_learn_and_publish(pruned: tuple[RunConfig, dict[str, Any]]) 
         assert read_expert_info(root / "cut" / name) == read_expert_info(root / "finetuned" / name)
         moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
         assert all(moved), f"{sum(moved)} of {len(moved)} parameters of {name} were trained"
+
+    curve = json.loads((root / "pruned" / "curves" / "prune.json").read_text())
+    assert [(point["step"], point["rows"]) for point in curve] == [(2, 12), (4, 12)]
+    parts = load_pipeline_parts(config.model, config.storage)
+    test = HeldOutTest(config, parts, 12)
+    routes = Router.load(root / "assigned" / "router").route_embeddings(test.embeddings).indices.tolist()
+    curves = {path.stem: json.loads(path.read_text())[-1] for path in (root / "finetuned" / "curves").iterdir()}
+    assert sorted(curves) == sorted({f"{code:02d}" for code in routes})
+    for name, point in curves.items():
+        rows = [row for row in range(12) if f"{routes[row]:02d}" == name]
+        expert, cost = load_expert(root / "finetuned" / name), read_expert_info(root / "cut" / name).cost.ratio
+        assert point == pytest.approx(asdict(test.of_network(expert, rows, cost)) | {"step": 4}, rel=1e-4), "its own"
 
 
 @pytest.mark.usefixtures("local_ray")
