@@ -101,6 +101,7 @@ def places(config: RunConfig) -> dict[str, str]:
     model = config.model
     named = {"root": config.root, "data.source": config.data.source, "model.pipeline": model.pipeline}
     named |= {"model.text_encoder": model.text_encoder or "", "model.prompt_encoder": model.prompt_encoder}
+    named |= {"evaluate.features": config.evaluate.features.partition(":")[2]}
     return {field: place for field, place in named.items() if place and not place.startswith("package:")}
 
 
