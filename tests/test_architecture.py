@@ -23,10 +23,13 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "data": ["sample", "formats", "captions", "encoded", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
     "train": ["source", "stream", "engine", "checkpoint", "events", "loop", "samples", "specs", "sharing", "trainer"],
-    "experts": ["assign", "cut", "refit", "score", "evidence", "evaluate", "publish", "tune", "comparison"],
+    "experts": [
+        "assign", "cut", "refit", "score", "evidence", "evaluate", "publish", "tune", "comparison",
+        "comparison_report",
+    ],
     "experts/evidence": [
-        "intervals", "agreement", "arms", "scores", "trials", "features", "images", "page", "figures", "tables",
-        "report",
+        "intervals", "agreement", "arms", "scores", "trials", "features", "images", "page", "figures", "sentences",
+        "tables", "report",
     ],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",

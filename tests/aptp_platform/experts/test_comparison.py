@@ -107,7 +107,7 @@ def test_what_may_not_be_compared_is_named() -> None:
         r"one_code: is not there at every seed of budget 0.4 \(seed 0 differs from 1\)": [
             method, ArmRun("one_code", made_up_scores((0.4,))), ArmRun(ROUTED, made_up_scores(COSTS, seed=1)),
         ],
-        r"uniform: is an arm of two runs at budget 0.4, seed 0; one of them is other": [
+        r"uniform: is an arm of two runs at budget 0.4, seed 0; leave it out of cut.baselines": [
             method, one, ArmRun("other", one.scores),
         ],
         r"there is no run": [],

@@ -207,4 +207,6 @@ def _weights_file(folder: Path) -> Path:
 
 def _require_torchvision() -> None:
     if importlib.util.find_spec("torchvision") is None:
-        raise ConfigError('evaluate.features: inception needs torchvision: pip install "aptp[metrics]"')
+        raise ConfigError(
+            'evaluate.features: inception needs torchvision, of the same build as torch: pip install "aptp[metrics]"'
+        )

@@ -11,21 +11,25 @@ from matplotlib.figure import Figure
 from aptp_platform.experts.evidence.arms import ORACLE, RANDOM, ROUTED, TEACHER
 
 OURS: Final = "#1f5fb4"
-OTHERS: Final = ("#c44536", "#3a8f5c", "#b8860b", "#7b4fa3", "#4a4a4a", "#d17ba5", "#2aa1a1", "#8c6d46")
-MARKERS: Final = "sD^vPX<>"
+MARKS: Final = {  # of an arm: the same colour and marker in every figure
+    TEACHER: ("#999999", "*"), ROUTED: (OURS, "o"), RANDOM: ("#7fa8d9", "x"), ORACLE: ("#0b2e5c", "+"),
+    "one_code": ("#c44536", "s"), "one_code_short": ("#e39a90", "s"), "similarity_routing": ("#7b4fa3", "D"),
+    "ladder": ("#d17ba5", "P"), "uniform": ("#3a8f5c", "^"), "magnitude": ("#b8860b", "v"), "random": ("#4a4a4a", "<"),
+    "block-removal": ("#2aa1a1", ">"),
+}  # fmt: skip
+OTHERS: Final = (("#8c6d46", "X"), ("#6b8e23", "p"), ("#a0522d", "h"), ("#708090", "d"))
 WIDE: Final = 8  # ratio of largest to smallest loss from which they are drawn on a logarithmic axis
 
 Facts = Mapping[str, Any]
 
 
 def label(name: str) -> str:
-    return {RANDOM: "random routing", "random": "random units"}.get(name, name.replace("_", " "))
+    return {TEACHER: "full model", RANDOM: "random routing", "random": "random units"}.get(name, name.replace("_", " "))
 
 
 def _colours(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    others = [name for name in names if name not in (TEACHER, ROUTED)]
-    marks = {name: (OTHERS[place % len(OTHERS)], MARKERS[place % len(MARKERS)]) for place, name in enumerate(others)}
-    return {TEACHER: ("#999999", "*"), ROUTED: (OURS, "o")} | marks
+    others = [name for name in names if name not in MARKS]
+    return {**MARKS, **{name: OTHERS[place % len(OTHERS)] for place, name in enumerate(others)}}
 
 
 def draw_arms(arms: Mapping[str, Facts], minus: Mapping[str, Facts]) -> Figure:

@@ -10,13 +10,14 @@ from typing import Final
 from matplotlib.figure import Figure
 
 STYLE: Final = """
-body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222;background:#fff}
+body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem;color:#222;background:#fff}
 h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.25rem;margin-top:2.6rem}h3{font-size:1.05rem;margin-top:1.8rem}
 p,li,figcaption{max-width:52rem}figure{margin:1rem 0}figure>img{max-width:100%;height:auto}
 table{border-collapse:collapse}td,th{padding:.25rem .7rem;text-align:left;vertical-align:top}
 td,th{border-bottom:1px solid #ddd}td.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .picture{width:152px;height:152px;object-fit:contain;image-rendering:pixelated;display:block}
-.row{display:flex;gap:.4rem}.scroll{overflow-x:auto}.lead{font-size:1.1rem}.caption{color:#555;max-width:15rem}
+.row{display:flex;gap:.4rem}.scroll{overflow-x:auto}.lead{font-size:1.1rem}
+td.text{max-width:15rem}td.text small{color:#666;display:block;min-width:8rem}td.shown{padding:.25rem .2rem}
 """
 
 
@@ -58,8 +59,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<div class=scroll><table><tr>{top}</tr>{body}</table></div>"
 
 
-def text(*lines: str) -> str:
-    return f"<td class=caption>{'<br>'.join(map(escape, lines))}</td>"
+def text(line: str, note: str = "") -> str:
+    return f"<td class=text>{escape(line)}{f'<small>{escape(note)}</small>' if note else ''}</td>"
+
+
+def shown(png: bytes | None, caption: str) -> str:
+    return f"<td class=shown>{'' if png is None else picture(png, caption)}</td>"
 
 
 def number(value: float | None, form: str = "{:.3f}", interval: Sequence[float] | None = None) -> str:

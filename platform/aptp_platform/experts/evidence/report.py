@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,12 +10,13 @@ from aptp_platform.experts.evidence import page
 from aptp_platform.experts.evidence.arms import ORACLE, RANDOM, ROUTED, TEACHER, need_of
 from aptp_platform.experts.evidence.figures import draw_arms, draw_need, label
 from aptp_platform.experts.evidence.scores import RunScores
+from aptp_platform.experts.evidence.sentences import cost_sentence, need_sentence
 from aptp_platform.experts.evidence.tables import SHOWN, codes_table, hardest_rows, kept_figure, pictures_table
 from aptp_platform.run.layout import EVALUATED
 from aptp_platform.storage.store import Store
 
 MEANING: Final = {
-    TEACHER: "the full model",
+    TEACHER: "the network that was pruned",
     ROUTED: "each prompt by the expert that the router gives it",
     RANDOM: "the same experts and shares, prompts assigned at random",
     ORACLE: "each prompt by its best expert at the same cost, chosen at other noise",
@@ -57,6 +58,7 @@ def _sections(folder: Path, metrics: Mapping[str, Any], scores: RunScores) -> li
             folder / "arms.png",
         ),
         arms_table(arms, metrics["routed_minus"]),
+        page.bullets(meanings(arms)),
         page.paragraph(cost_sentence(scores, drawn)),
         page.heading("Does capacity follow need?"),
         page.figure(need, f"{need_sentence(metrics['need_capacity'])} {_predicted(metrics)}", folder / "need.png"),
@@ -90,18 +92,6 @@ def _verdict(metrics: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def need_sentence(facts: Mapping[str, Any]) -> str:
-    """What the figure of need and capacity shows."""
-    if facts["spearman"] is None:
-        return "All prompts are given the same capacity, or need the same: there is no rank correlation."
-    low, high = facts["95"]
-    follows = "follows" if low > 0 else "runs against" if high < 0 else "does not surely follow"
-    return (
-        f"Capacity {follows} need: each point is a prompt, on the right a kind, and the rank correlation over prompts "
-        f"is {facts['spearman']:.2f} (95 % interval {low:.2f} to {high:.2f})."
-    )
-
-
 def _predicted(metrics: Mapping[str, Any]) -> str:
     told = metrics["need_capacity"].get("predicted")
     if told is None:
@@ -109,6 +99,11 @@ def _predicted(metrics: Mapping[str, Any]) -> str:
     rank = "" if told["spearman"] is None else f", with a rank correlation of {told['spearman']:.2f} over prompts"
     error = told["mean_absolute_error"]
     return f"The router predicts each prompt's loss under each expert with a mean absolute error of {error:.3f}{rank}."
+
+
+def meanings(arms: Iterable[str]) -> list[str]:
+    """What each arm is."""
+    return [f"{label(name)}: {MEANING.get(name, 'one network for all prompts')}" for name in arms]
 
 
 def arms_table(arms: Mapping[str, Any], minus: Mapping[str, Any]) -> str:
@@ -127,21 +122,10 @@ def arms_table(arms: Mapping[str, Any], minus: Mapping[str, Any]) -> str:
                 *([page.number(beside.get("ratio"), "{:.2f}", beside.get("ratio_95"))] if ratios else []),
                 page.number(facts["teacher_distance"], "{:.4f}"),
                 *(page.number(facts.get(score)) for score in shown),
-                page.number(facts["ms"], "{:.0f}"),
+                page.number(facts["ms"], "{:.3g}"),
                 *([page.number(facts["steps"], "{:,}")] if steps else []),
-                page.text(MEANING.get(name, "one network for all prompts")),
             ]
         )
     heads = ["arm", "cost", "extra loss [95 %]", "routed minus it [95 %]", *(["routed / it [95 %]"] if ratios else [])]
-    heads += ["distance", *(IMAGE_SCORES[score] for score in shown), "ms", *(["steps"] if steps else []), ""]
+    heads += ["distance", *(IMAGE_SCORES[score] for score in shown), "ms", *(["steps"] if steps else [])]
     return page.table(heads, rows)
-
-
-def cost_sentence(scores: RunScores, drawn: int) -> str:
-    """What the columns of `arms_table` mean."""
-    return (
-        "Cost is the mean share of the full model's multiply-adds over these prompts. Distance is the mean squared "
-        "difference from the full model's predictions. Image scores compare "
-        f"{drawn} generated images with the real ones; lower is better but for the CLIP score. ms is the median time "
-        f"of a forward pass of {scores.batch_size} latents on this {scores.device.upper()}, weighted by use."
-    )

@@ -57,12 +57,9 @@ def pictures_table(
     for row in rows:
         code = int(scores.codes[row])
         given = f"code {code:02d}, cost {scores.experts[code].cost:.2f}, extra loss {lost[row]:.4f}"
-        shown = [pictures[row] for pictures in columns.values() if row < len(pictures)]
-        told = [f"{label(name)}: {scores.captions[row]}" for name in columns]
-        cells.append(
-            [
-                page.text(scores.captions[row], given),
-                *(f"<td>{page.picture(png, caption)}</td>" for png, caption in zip(shown, told, strict=False)),
-            ]
-        )
+        shown = [
+            page.shown(pictures[row] if row < len(pictures) else None, f"{label(name)}: {scores.captions[row]}")
+            for name, pictures in columns.items()
+        ]
+        cells.append([page.text(scores.captions[row], given), *shown])
     return page.table(("prompt", *map(label, columns)), cells)

@@ -34,6 +34,7 @@ class Trial:
     arms: dict[str, Arm]
     images: dict[str, Mapping[str, float | None]]
     steps: dict[str, int | None]
+    pictures: dict[str, Sequence[bytes]]
 
 
 def gather(runs: Sequence[ArmRun]) -> list[Trial]:
@@ -69,24 +70,30 @@ def _trial(budget: float, seed: int, runs: Mapping[str, RunScores]) -> Trial:
             f"{ROUTED}: no run at budget {budget:g}, seed {seed}; every opponent needs the method beside it"
         )
     method = runs[ROUTED]
-    arms = method.arms()
-    images: dict[str, Mapping[str, float | None]] = dict(method.image_scores)
-    steps: dict[str, int | None] = {TEACHER: None, **dict.fromkeys((ROUTED, RANDOM, ORACLE), method.steps)}
-    steps |= {name: network.steps for name, network in method.singles.items()}
+    trial = Trial(method, {}, {}, {}, {})
+    for name in (TEACHER, ROUTED, RANDOM, ORACLE):
+        drawn = name if name in (TEACHER, ROUTED) else ""  # random routing and the oracle draw nothing of their own
+        _add(trial, name, method, method.arms()[name], drawn, None if name == TEACHER else method.steps)
     for name, scores in runs.items():
-        if scores is method:
-            continue
-        found = {name: scores.routed()} | {single: scores.arms()[single] for single in scores.singles}
-        if twice := set(found) & set(arms):
-            raise ValueError(
-                f"{min(twice)}: is an arm of two runs at budget {budget:g}, seed {seed}; one of them is {name}: "
-                "leave it out of cut.baselines there"
-            )
-        arms |= found
-        images |= {single: scores.image_scores.get(single, {}) for single in scores.singles}
-        images[name] = scores.image_scores.get(ROUTED, {})
-        steps |= {single: network.steps for single, network in scores.singles.items()} | {name: scores.steps}
-    return Trial(method, arms, images, steps)
+        if scores is not method:
+            _add(trial, name, scores, scores.routed(), ROUTED, scores.steps)
+    for scores in runs.values():
+        for name, network in scores.singles.items():
+            _add(trial, name, scores, scores.arms()[name], name, network.steps)
+    return trial
+
+
+def _add(trial: Trial, name: str, scores: RunScores, arm: Arm, drawn: str, steps: int | None) -> None:
+    """drawn: under which name the run keeps this arm's images."""
+    if name in trial.arms:
+        raise ValueError(
+            f"{name}: is an arm of two runs at budget {scores.budget:g}, seed {scores.seed}; "
+            "leave it out of cut.baselines of one of them"
+        )
+    trial.arms[name] = arm
+    trial.steps[name] = steps
+    trial.images[name] = scores.image_scores.get(drawn, {})
+    trial.pictures[name] = scores.pictures.get(drawn, ())
 
 
 def _require_finite(run: ArmRun) -> None:
