@@ -56,12 +56,13 @@ def write(
     *,
     curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
 ) -> None:
-    """Write report.html, metrics.json (`found`) and each figure as a PNG file into a local folder that exists.
+    """Write report.html, metrics.json (`found`) and each figure as a PNG file into a local folder.
 
     Args:
         found: what `compare(runs)` returned. runs: the same runs, for prompts and pictures.
         curves: for some arms their points `{"step": ..., "extra_loss": ...}` along the training, at one budget.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     trials = gather(runs)
     title = (
         f"Routed experts beside their opponents: {found['rows']} held-out prompts, {count_of(found['seeds'], 'seed')}"

@@ -8,6 +8,7 @@ A score has its name in the literature only with the network that the literature
 weights are unpickled but those of the installed package.
 """
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -119,8 +120,8 @@ class FidInception(nn.Module):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         _require_torchvision()
-        from torchvision.models import inception_v3
-
+        # By its name: an extra of its own, which no other part of the package asks for.
+        inception_v3 = importlib.import_module("torchvision.models").inception_v3
         file = _weights_file(folder)
         weights = load_file(file)
         if len(weights.get("fc.bias", ())) != FID_CLASSES:

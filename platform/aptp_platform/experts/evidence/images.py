@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aptp_platform.config import RunConfig
 from aptp_platform.data.captions import decode_rows, read_captioned, source_files
-from aptp_platform.experts.evidence.features import load_extractor
+from aptp_platform.experts.evidence.features import CLIP, extractor_name, load_extractor
 from aptp_platform.experts.score import HeldOut, batches_of, row_generator
 
 PICTURE_SIZE: Final = 192  # pixels at most, of the reports' pictures
@@ -76,6 +76,8 @@ def real_features(config: RunConfig) -> Float[np.ndarray, "real feature"]:
 
 def text_features(config: RunConfig, captions: list[str]) -> Float[np.ndarray, "caption feature"] | None:
     """Features of captions; None if the extractor reads none."""
+    if extractor_name(config.evaluate.features) != CLIP or not captions:
+        return None
     return ray.get(_text_features.options(**resources(config)).remote(config, captions))
 
 
@@ -101,9 +103,8 @@ def _image_features(
 
 
 @ray.remote
-def _text_features(config: RunConfig, captions: list[str]) -> Float[np.ndarray, "caption feature"] | None:
+def _text_features(config: RunConfig, captions: list[str]) -> Float[np.ndarray, "caption feature"]:
     extractor = load_extractor(config.evaluate.features, config.storage, device_of(config))
-    if extractor.texts is None or not captions:
-        return None
+    assert extractor.texts is not None
     batches = batches_of(captions, config.evaluate.batch_size)
     return torch.cat([extractor.texts(batch).cpu() for batch in batches]).numpy()
