@@ -181,8 +181,9 @@ def _by_arm(
     """Features and pictures of the drawn rows, in their order, of every arm that draws."""
     if not drawn:
         return {}, {}
-    sources = {name: [measured[name]] * len(drawn) for name in (TEACHER, *singles)}
+    sources = {TEACHER: [measured[TEACHER]] * len(drawn)}
     sources[ROUTED] = [measured[network_of(int(codes[row]))] for row in drawn]
+    sources |= {name: [measured[name]] * len(drawn) for name in singles}
     pairs = {name: list(zip(drawn, mine, strict=True)) for name, mine in sources.items()}
     features = {name: np.stack([source.features[row] for row, source in each]) for name, each in pairs.items()}
     return features, {name: [source.pictures[row] for row, source in each] for name, each in pairs.items()}

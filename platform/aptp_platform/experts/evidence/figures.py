@@ -14,7 +14,7 @@ OURS: Final = "#1f5fb4"
 MARKS: Final = {  # of an arm: the same colour and marker in every figure
     TEACHER: ("#999999", "*"), ROUTED: (OURS, "o"), RANDOM: ("#7fa8d9", "x"), ORACLE: ("#0b2e5c", "+"),
     "one_code": ("#c44536", "s"), "one_code_short": ("#e39a90", "s"), "similarity_routing": ("#7b4fa3", "D"),
-    "ladder": ("#d17ba5", "P"), "uniform": ("#3a8f5c", "^"), "magnitude": ("#b8860b", "v"), "random": ("#4a4a4a", "<"),
+    "uniform": ("#3a8f5c", "^"), "magnitude": ("#b8860b", "v"), "random": ("#4a4a4a", "<"),
     "block-removal": ("#2aa1a1", ">"),
 }  # fmt: skip
 OTHERS: Final = (("#8c6d46", "X"), ("#6b8e23", "p"), ("#a0522d", "h"), ("#708090", "d"))

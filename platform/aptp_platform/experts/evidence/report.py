@@ -103,7 +103,7 @@ def _predicted(metrics: Mapping[str, Any]) -> str:
 
 def meanings(arms: Iterable[str]) -> list[str]:
     """What each arm is."""
-    return [f"{label(name)}: {MEANING.get(name, 'one network for all prompts')}" for name in arms]
+    return [f"{label(name)}: {MEANING.get(name, 'trained as a run of its own')}" for name in arms]
 
 
 def arms_table(arms: Mapping[str, Any], minus: Mapping[str, Any]) -> str:
