@@ -109,7 +109,7 @@ def draw_need(
         kinds.annotate(
             kind, (facts["need"], facts["cost_ratio"]), xytext=(6, 4), textcoords="offset points", fontsize=9
         )
-    kinds.margins(0.15)
+    kinds.margins(x=0.2, y=0.12)
     kinds.set(xlabel="mean need of the kind", ylabel="mean cost given")
     for axis in (prompts, kinds):
         axis.grid(alpha=0.3)
