@@ -128,6 +128,18 @@ def paired_denoising_loss(
     timesteps: Int[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
     """Each sample's denoising error at GIVEN noise and timesteps: two networks scored so differ by nothing else."""
+    return per_sample_error(*paired_answer(unet, schedule, latents, text_states, noise, timesteps))
+
+
+def paired_answer(
+    unet: Callable[..., Tensor | tuple[Tensor, ...]],
+    schedule: NoiseSchedule,
+    latents: Float[Tensor, "batch channel height width"],
+    text_states: Float[Tensor, "batch token text"],
+    noise: Float[Tensor, "batch channel height width"],
+    timesteps: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch channel height width"]]:
+    """A network's prediction at given noise and timesteps, and its target."""
     noisy = schedule.noisy(latents, noise, timesteps)
     prediction = unet(noisy, timesteps, encoder_hidden_states=text_states, return_dict=False)[0]
-    return per_sample_error(prediction, schedule.target(latents, noise, timesteps))
+    return prediction, schedule.target(latents, noise, timesteps)

@@ -25,7 +25,14 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "train": [
         "source", "stream", "engine", "checkpoint", "curve", "events", "loop", "samples", "specs", "sharing", "trainer",
     ],
-    "experts": ["assign", "cut", "refit", "score", "arms", "report", "evaluate", "publish", "sweep", "tune"],
+    "experts": [
+        "assign", "cut", "refit", "score", "evidence", "evaluate", "publish", "comparison", "comparison_report",
+        "experiment", "sweep", "tune",
+    ],
+    "experts/evidence": [
+        "intervals", "agreement", "arms", "scores", "trials", "features", "images", "page", "figures", "sentences",
+        "tables", "report",
+    ],
     "experts/sweep": ["space", "choice", "record", "search", "outcome"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "engine", "routing", "http", "app",

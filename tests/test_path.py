@@ -6,6 +6,7 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,10 @@ from tensorboardX.proto.event_pb2 import Event
 from aptp.release import read_release
 from aptp_platform.config import ConfigError, ReuseConfig, RunConfig
 from aptp_platform.config_file import load_config, parse_config, to_tree
+from aptp_platform.experts.comparison import compare
 from aptp_platform.experts.evaluate import evaluate
+from aptp_platform.experts.evidence.scores import load_scores
+from aptp_platform.experts.evidence.trials import ArmRun
 from aptp_platform.run.cluster import free_ports
 from aptp_platform.run.path import STAGES, require_stage, run_stage
 from aptp_platform.serve.app import build
@@ -72,6 +76,8 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
     assert metrics["arms"]["random_routing"]["cost_ratio"] == pytest.approx(metrics["arms"]["routed"]["cost_ratio"])
     page = (release.path / "report" / "report.html").read_text()
     assert page.count("<h2>") == 5
+    check_scores(Path(config.root) / "evaluated", metrics)
+    assert not list(release.path.rglob("scores.*")), "what only a comparison reads is not released"
 
     (port,) = free_ports(1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -92,6 +98,19 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
     image = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
     assert image.format == "PNG"
     assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def check_scores(folder: Path, metrics: dict[str, Any]) -> None:
+    """A comparison needs nothing but what was saved, and finds what the evaluation found."""
+    scores = load_scores(folder)
+    assert scores.texts is None
+    assert all(len(features) == len(scores.pictures[arm]) == 4 for arm, features in scores.features.items())
+    assert scores.teacher.distances.max() == 0 < min(net.distances.min() for net in scores.experts)
+    assert min(net.milliseconds for net in scores.networks.values()) > 0
+    found = compare([ArmRun("routed", scores)], tolerance=1.0)["budgets"]["0.7"]
+    for name, facts in metrics["arms"].items():
+        assert found["arms"][name]["cmmd_lite0"] == facts.get("cmmd_lite0")
+        assert found["arms"][name]["extra_loss"] == pytest.approx(facts.get("extra_loss", 0))
 
 
 def check_events(root: Path) -> None:

@@ -224,7 +224,8 @@ class EvaluateConfig:
 
     images: Count = 512  # at most; the paired denoising loss
     timesteps: tuple[int, ...] = (100, 400, 700)
-    generated: Annotated[int, Field(ge=0)] = 256  # images generated per arm, for the image metric
+    generated: Annotated[int, Field(ge=0)] = 256  # images generated per arm, for the image scores
+    features: Annotated[str, Field(pattern=r"^(lite0|inception:.+|clip:.+)$")] = "lite0"  # NAME:FOLDER, a local folder
     inference_steps: Count = 25
     guidance_scale: float = 7.5
     batch_size: Count = 16

@@ -102,6 +102,7 @@ def places(config: RunConfig) -> dict[str, str]:
     named = {"root": config.root, "data.source": config.data.source, "model.pipeline": model.pipeline}
     named |= {"model.text_encoder": model.text_encoder or "", "model.prompt_encoder": model.prompt_encoder}
     named |= {f"reuse.{stage}": place or "" for stage, place in vars(config.reuse).items()}
+    named |= {"evaluate.features": config.evaluate.features.partition(":")[2]}
     return {field: place for field, place in named.items() if place and not place.startswith("package:")}
 
 

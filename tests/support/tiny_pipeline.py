@@ -27,7 +27,7 @@ def build_pipeline(seed: int = 0) -> Any:
             layers_per_block=1,
             sample_size=16,
         )
-        tokenizer = _tokenizer()
+        tokenizer = build_tokenizer()
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
@@ -61,7 +61,7 @@ def build_pipeline(seed: int = 0) -> Any:
     )
 
 
-def _tokenizer() -> Any:
+def build_tokenizer() -> Any:
     """Letters and their word-final forms, no merges."""
     letters = [chr(code) for code in range(33, 127)]
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]

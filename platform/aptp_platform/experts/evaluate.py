@@ -1,49 +1,46 @@
 """What the experts are worth: several arms on the same held-out prompts, noise and seeds.
 
-In the paired denoising loss two networks see the same rows, noise and timesteps. CMMD-lite0 and FD-lite0 compare
-generated with real images (`aptp.metrics` says why they are not called CMMD and FID). Each network is scored by one Ray
-task. Prompts are routed at the price at which they cost the budget, so that all arms cost the same.
+In the paired denoising loss two networks see the same rows, noise and timesteps; beside it stands the distance of their
+predictions. Image scores compare generated with real images (`features`). Each network is scored by one Ray task; the
+teacher's predictions are computed once and handed to the others. Prompts are routed at the price at which they cost the
+budget, so that all arms cost the same.
 """
 
-import io
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import ray
 import torch
-from diffusers import StableDiffusionPipeline
 from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from aptp.calibration import set_price
 from aptp.expert import load_expert, read_expert_info
-from aptp.metrics import FeatureStatistics, Lite0, frechet_distance, maximum_mean_discrepancy
 from aptp_platform.config import RunConfig
-from aptp_platform.data.captions import decode_rows, read_captioned, source_files
-from aptp_platform.data.heldout import HeldOut, batches_of, read_held_out, row_generator, row_losses
-from aptp_platform.experts.arms import (
+from aptp_platform.data.heldout import HeldOut, RowScores, read_held_out, score_rows
+from aptp_platform.experts.evidence.arms import (
     ROUTED,
     TEACHER,
+    Network,
     arm_facts,
-    build_arms,
     kind_facts,
     need_capacity,
+    need_of,
     routed_minus,
 )
-from aptp_platform.experts.report import Evaluation, write_report
-from aptp_platform.experts.score import check_scoring
-from aptp_platform.models import load_pipeline_parts
-from aptp_platform.run.layout import FINETUNED, home, network_of, refitted_router
+from aptp_platform.experts.evidence.features import check_features, extractor_name, image_scores
+from aptp_platform.experts.evidence.images import device_of, generate, real_features, resources, text_features
+from aptp_platform.experts.evidence.report import write_report
+from aptp_platform.experts.evidence.scores import RunScores
+from aptp_platform.experts.score import check_scoring, forward_milliseconds
+from aptp_platform.models import PipelineParts, load_pipeline_parts
+from aptp_platform.run.layout import FINETUNED, home, network_of, refitted_router, trained_steps
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
-
-ENOUGH_FOR_FD: Final = 512  # images: below, the number of images dominates the distance
-PICTURE_SIZE: Final = 128  # pixels at most, of the report's pictures
 
 
 @dataclass(frozen=True)
@@ -56,72 +53,114 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What one network measured: losses, and features and small images of the rows that it generated."""
+class Measured:
+    """What the task of one network found: scores by noise; features and small images of the rows that it generated."""
 
-    losses: Float[np.ndarray, "noise row"]
-    features: dict[int, Float[np.ndarray, " dim"]]
+    scores: list[RowScores]
+    features: dict[int, Float[np.ndarray, " feature"]]
     pictures: dict[int, bytes]
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
-    """Score every arm on the held-out rows and publish `evaluated/` (metrics.json, figures, report.html).
+    """Score every arm on the held-out rows; publish `evaluated/`: metrics.json, scores, figures, report.html.
 
     Raises:
-        ConfigError: a network's task is larger than the cluster, or there is no held-out row.
+        ConfigError: a network's task is larger than the cluster, there is no held-out row, or `evaluate.features` names
+            what is not there.
     """
     check_scoring(config.evaluate)
+    check_features(config.evaluate, config.storage)
     root = Store.open(config.root, config.storage)
     held = read_held_out(config, config.evaluate.images)
     router = refitted_router(config)
-    tuned = home(config, "finetune")
     if router.need is not None:
         set_price(router, held.embeddings, config.router.budget, tolerance=inf, balance=config.refit.balance)
     routes = router.route_embeddings(held.embeddings)
     codes = routes.indices.numpy()
     drawn = list(range(min(len(codes), config.evaluate.generated)))
-    singles = {name: f"{FINETUNED}/{name}" for name in config.cut.baselines}
     tasks = {
-        TEACHER: Task(None, 1, drawn),
-        **{name: Task(folder, 1, drawn) for name, folder in singles.items()},
+        TEACHER: Task(None, 0, drawn),  # its losses come with its predictions
+        **{name: Task(f"{FINETUNED}/{name}", 1, drawn) for name in config.cut.baselines},
         **{
             network_of(code): Task(f"{FINETUNED}/{network_of(code)}", 2, [row for row in drawn if codes[row] == code])
             for code in range(router.num_codes)
         },
     }
-    scored = _score_all(config, held, tasks)
-    experts = np.stack([scored[network_of(code)].losses for code in range(router.num_codes)])
-    costs = np.array([_cost(tuned, f"{FINETUNED}/{network_of(code)}") for code in range(router.num_codes)])
-    teacher = scored[TEACHER].losses[0]
-    others = {name: (scored[name].losses[0], _cost(tuned, folder)) for name, folder in singles.items()}
-    arms = build_arms(teacher, experts, codes, costs, others)
-    features, pictures = _by_arm(scored, codes, drawn, list(singles))
-    facts, real = arm_facts(arms), _real_features(config)
-    for name, mine in features.items():
-        facts[name] |= _image_scores(torch.from_numpy(mine), real)
-    predicted = None if routes.losses is None else routes.losses.numpy()
-    need = experts[:, 0].mean(0) - teacher
-    metrics = {
-        "held_out": len(codes),
-        "generated": len(drawn),
-        "budget": config.router.budget,
-        "price": None if router.need is None else float(router.price),
-        "arms": facts,
-        "routed_minus": routed_minus(arms),
-        "need_capacity": need_capacity(teacher, experts, arms[ROUTED].costs, predicted),
-        "codes": _code_facts(codes, costs),
-        "kinds": kind_facts(held.kinds, need, arms[ROUTED].costs),
-    }
-    lost = arms[ROUTED].losses - teacher
-    architectures = router.architecture_codes()
-    write_report(
-        root, Evaluation(metrics, held.captions, held.kinds, codes, costs, need, lost, pictures, architectures)
+    measured = _measure_all(config, held, tasks)
+    features, pictures = _by_arm(measured, codes, drawn, config.cut.baselines)
+    scores = RunScores(
+        budget=config.router.budget,
+        seed=config.seed,
+        steps_shared=config.share.run.steps,
+        keys=held.keys,
+        captions=held.captions,
+        kinds=held.kinds,
+        embeddings=held.embeddings.numpy(),
+        codes=codes,
+        predicted=None if routes.losses is None else routes.losses.numpy(),
+        networks=_networks(config, held, tasks, measured),
+        device=device_of(config).type,
+        batch_size=config.evaluate.batch_size,
+        timesteps=list(config.evaluate.timesteps),
+        extractor=extractor_name(config.evaluate.features),
+        features=features,
+        real=real_features(config) if drawn else None,
+        texts=text_features(config, [held.captions[row] for row in drawn]),
+        pictures=pictures,
+        architectures=router.architecture_codes(),
     )
+    scores = replace(scores, image_scores=_image_scores(scores))
+    metrics = _metrics(scores, None if router.need is None else float(router.price))
+    write_report(root, metrics, scores)
+    arms = metrics["arms"]
     return {
         "held-out rows": len(codes),
-        **{f"extra loss of {name}": round(facts[name]["extra_loss"], 4) for name in arms if name != TEACHER},
-        "experts' MACs ratio": round(facts[ROUTED]["cost_ratio"], 3),
+        **{f"extra loss of {name}": round(arms[name]["extra_loss"], 4) for name in arms if name != TEACHER},
+        "experts' MACs ratio": round(arms[ROUTED]["cost_ratio"], 3),
     }
+
+
+def _metrics(scores: RunScores, price: float | None) -> dict[str, Any]:
+    arms = scores.arms()
+    facts = arm_facts(arms)
+    for name, found in scores.image_scores.items():
+        facts[name] |= found
+    teacher, experts = scores.teacher, scores.experts
+    shares = np.bincount(scores.codes, minlength=len(experts)) / len(scores.codes)
+    return {
+        "held_out": len(scores.keys),
+        "generated": len(next(iter(scores.features.values()), ())),
+        "budget": scores.budget,
+        "price": price,
+        "arms": facts,
+        "routed_minus": routed_minus(arms),
+        "need_capacity": need_capacity(teacher, experts, arms[ROUTED].costs, scores.predicted),
+        "codes": [
+            {"code": code, "cost_ratio": expert.cost, "share": float(shares[code])}
+            for code, expert in enumerate(experts)
+        ],
+        "kinds": kind_facts(scores.kinds, need_of(teacher, experts), arms[ROUTED].costs),
+    }
+
+
+def _networks(
+    config: RunConfig, held: HeldOut, tasks: dict[str, Task], measured: dict[str, Measured]
+) -> dict[str, Network]:
+    """The networks with their losses, costs and times; they are timed by one task, when no other runs."""
+    timing = _time_all.options(**resources(config)).remote(config, held, tasks)
+    root, networks = home(config, "finetune"), {}
+    milliseconds = ray.get(timing)
+    for name, task in tasks.items():
+        found = measured[name].scores
+        first = found[0].distances
+        networks[name] = Network(
+            losses=np.stack([each.losses for each in found]),
+            distances=np.zeros(len(held.keys)) if first is None else first,
+            cost=1.0 if task.network is None else _cost(root, task.network),
+            milliseconds=milliseconds[name],
+            steps=0 if task.network is None else trained_steps(root, name),
+        )
+    return networks
 
 
 def _cost(root: Store, folder: str) -> float:
@@ -131,113 +170,89 @@ def _cost(root: Store, folder: str) -> float:
 
 
 def _by_arm(
-    scored: dict[str, Scores], codes: np.ndarray, drawn: list[int], singles: list[str]
+    measured: dict[str, Measured], codes: np.ndarray, drawn: list[int], singles: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, list[bytes]]]:
     """Features and pictures of the drawn rows, in their order, of every arm that draws."""
-    sources = {name: [scored[name]] * len(drawn) for name in (TEACHER, *singles)}
-    sources[ROUTED] = [scored[network_of(int(codes[row]))] for row in drawn]
-    features = {
-        name: np.stack([source.features[row] for row, source in zip(drawn, mine, strict=True)])
-        for name, mine in sources.items()
-        if drawn
+    if not drawn:
+        return {}, {}
+    sources = {TEACHER: [measured[TEACHER]] * len(drawn)}
+    sources[ROUTED] = [measured[network_of(int(codes[row]))] for row in drawn]
+    sources |= {name: [measured[name]] * len(drawn) for name in singles}
+    pairs = {name: list(zip(drawn, mine, strict=True)) for name, mine in sources.items()}
+    features = {name: np.stack([source.features[row] for row, source in each]) for name, each in pairs.items()}
+    return features, {name: [source.pictures[row] for row, source in each] for name, each in pairs.items()}
+
+
+def _image_scores(scores: RunScores) -> dict[str, dict[str, float | None]]:
+    if scores.real is None:
+        return {}
+    real, texts = torch.from_numpy(scores.real), None if scores.texts is None else torch.from_numpy(scores.texts)
+    return {
+        name: image_scores(scores.extractor, torch.from_numpy(ours), real, texts)
+        for name, ours in scores.features.items()
     }
-    pictures = {
-        name: [source.pictures[row] for row, source in zip(drawn, mine, strict=True)] for name, mine in sources.items()
-    }
-    return features, pictures
 
 
-def _image_scores(ours: Float[Tensor, "ours dim"], real: Float[Tensor, "real dim"]) -> dict[str, float | None]:
-    """CMMD-lite0 and FD-lite0 to the real images; None where there are too few images."""
-    enough = min(len(ours), len(real))
-    scores: dict[str, float | None] = {"cmmd_lite0": None, "fd_lite0": None}
-    if enough >= 2:
-        scores["cmmd_lite0"] = maximum_mean_discrepancy(ours, real)
-    if enough >= ENOUGH_FOR_FD:
-        statistics = [FeatureStatistics(rows.shape[1]).update(rows) for rows in (ours, real)]
-        scores["fd_lite0"] = frechet_distance(*statistics)
-    return scores
-
-
-def _score_all(config: RunConfig, held: HeldOut, tasks: dict[str, Task]) -> dict[str, Scores]:
-    shared, settings = ray.put(held), ray.put(config)
-    task = _score.options(num_cpus=config.evaluate.cpus_per_network, num_gpus=config.evaluate.gpus_per_network)
+def _measure_all(config: RunConfig, held: HeldOut, tasks: dict[str, Task]) -> dict[str, Measured]:
+    """The teacher predicts first; the other networks are compared with its predictions, so they start after it."""
+    shared, settings, share = ray.put(held), ray.put(config), resources(config)
+    answering: Any = _answer.options(num_returns=2, **share)  # Ray's types know of one return
+    teacher, answers = answering.remote(settings, shared)
     # The longest first, so that no long task starts last.
     order = sorted(tasks, key=lambda name: -len(tasks[name].drawn))
-    pending = {task.remote(settings, shared, tasks[name]): name for name in order}
-    scored: dict[str, Scores] = {}
+    pending = {
+        _measure.options(**share).remote(settings, shared, tasks[name], answers if tasks[name].noises else []): name
+        for name in order
+    }
+    found: dict[str, Measured] = {}
     with Progress("evaluate", len(tasks)) as progress:
         progress.update(0)
         while pending:
             (ready,), _ = ray.wait(list(pending))
             name = pending.pop(ready)
-            scored[name] = ray.get(ready)
-            progress.update(len(scored), network=name)
-    return scored
+            found[name] = ray.get(ready)
+            progress.update(len(found), network=name)
+    found[TEACHER] = replace(found[TEACHER], scores=[ray.get(teacher)])
+    return found
 
 
 @ray.remote
-def _score(config: RunConfig, held: HeldOut, task: Task) -> Scores:
+def _answer(config: RunConfig, held: HeldOut) -> tuple[RowScores, list[Tensor]]:
+    """The teacher on all rows at the first noise: its scores, and apart from them its predictions."""
     parts = load_pipeline_parts(config.model, config.storage)
-    unet = parts.unet
-    if task.network is not None:
-        with tempfile.TemporaryDirectory() as scratch:
-            unet = load_expert(home(config, "finetune").fetch(task.network, scratch))
-    device = torch.device("cuda" if config.evaluate.gpus_per_network else "cpu")
-    pipeline = parts.pipeline(unet.eval()).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    features, pictures = _generate(config, pipeline, held, task.drawn)
+    unet, rows = parts.unet.to(device_of(config)), list(range(len(held.keys)))
+    found = score_rows(config.evaluate, parts, unet, held, rows, keep_answers=True)
+    return replace(found, answers=[]), found.answers
+
+
+@ray.remote
+def _measure(config: RunConfig, held: HeldOut, task: Task, answers: list[Tensor]) -> Measured:
+    parts = load_pipeline_parts(config.model, config.storage)
+    unet = _load(config, parts, task.network)
+    pipeline = parts.pipeline(unet).to(device_of(config))
+    features, pictures = generate(config, pipeline, held, task.drawn)
     rows = list(range(len(held.keys)))
-    losses = [row_losses(config.evaluate, parts, unet, held, rows, noise) for noise in range(task.noises)]
-    return Scores(np.stack(losses), features, pictures)
-
-
-@torch.no_grad()
-def _generate(
-    config: RunConfig, pipeline: StableDiffusionPipeline, held: HeldOut, rows: list[int]
-) -> tuple[dict[int, Float[np.ndarray, " dim"]], dict[int, bytes]]:
-    """By row: features of one image, seeded by the row's key, and the image as a PNG."""
-    extractor = Lite0().to(pipeline.device)
-    features, pictures = {}, {}
-    for batch in batches_of(rows, config.evaluate.batch_size):
-        images = pipeline(
-            [held.captions[row] for row in batch],
-            height=config.data.image_size,
-            width=config.data.image_size,
-            num_inference_steps=config.evaluate.inference_steps,
-            guidance_scale=config.evaluate.guidance_scale,
-            generator=[row_generator(held.keys[row]) for row in batch],
-            output_type="pt",
-        ).images
-        found = extractor(images * 2 - 1).cpu().numpy()
-        for row, image, feature in zip(batch, images, found, strict=True):
-            features[row] = feature
-            pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            buffer = io.BytesIO()
-            picture = Image.fromarray(pixels)
-            picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-            picture.save(buffer, "PNG")
-            pictures[row] = buffer.getvalue()
-    return features, pictures
-
-
-def _real_features(config: RunConfig) -> Float[Tensor, "real dim"]:
-    """Features of the held-out images as they are stored, cropped as for training."""
-    files = [file for file in source_files(config.data, config.storage) if file.split == "heldout"]
-    rows = read_captioned(config.data, config.storage, files).limit(4 * config.evaluate.images)
-    extractor, features = Lite0(), []
-    for batch in rows.iter_batches(batch_size=config.evaluate.batch_size, batch_format="pyarrow"):
-        decoded = decode_rows(config.data.image_size, batch)
-        good = decoded.filter(pc.equal(decoded["fault"], ""))
-        if len(good):
-            pixels = torch.tensor(good["image"].combine_chunks().to_numpy_ndarray())
-            features.append(extractor(pixels.float() / 127.5 - 1))
-    return torch.cat(features)
-
-
-def _code_facts(codes: np.ndarray, costs: np.ndarray) -> list[dict[str, Any]]:
-    shares = np.bincount(codes, minlength=len(costs)) / len(codes)
-    return [
-        {"code": code, "cost_ratio": float(cost), "share": float(share)}
-        for code, (cost, share) in enumerate(zip(costs, shares, strict=True))
+    scores = [
+        score_rows(config.evaluate, parts, unet, held, rows, noise, compare_with=[] if noise else answers)
+        for noise in range(task.noises)
     ]
+    return Measured(scores, features, pictures)
+
+
+@ray.remote
+def _time_all(config: RunConfig, held: HeldOut, tasks: dict[str, Task]) -> dict[str, float]:
+    """The networks one after another in one process: they differ by nothing but themselves."""
+    parts = load_pipeline_parts(config.model, config.storage)
+    return {
+        name: forward_milliseconds(
+            config.evaluate, parts, _load(config, parts, task.network).to(device_of(config)), held
+        )
+        for name, task in tasks.items()
+    }
+
+
+def _load(config: RunConfig, parts: PipelineParts, network: str | None) -> nn.Module:
+    if network is None:
+        return parts.unet.eval()
+    with tempfile.TemporaryDirectory() as scratch:
+        return load_expert(home(config, "finetune").fetch(network, scratch)).eval()

@@ -1,6 +1,7 @@
 """The last stage of training: experts, router, pipeline and report become one immutable release."""
 
 import hashlib
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from aptp.prompts import PromptEncoder
 from aptp.release import ReleaseInfo, write_release
 from aptp_platform.config import RunConfig
 from aptp_platform.config_file import to_tree
+from aptp_platform.experts.evidence.scores import FILES
 from aptp_platform.models import fetch_model, load_pipeline_parts
 from aptp_platform.run.layout import EVALUATED, FINETUNED, RELEASE, home, network_of, refitted_router
 from aptp_platform.run.path import fingerprint, require_stage
@@ -36,11 +38,18 @@ def publish(config: RunConfig) -> dict[str, Any]:
             experts=experts,
             shares=refitted["usage"] if "usage" in refitted else assigned["shares"],
             info=_info(config, experts[0], assigned["familiar"]),
-            report=root.fetch(EVALUATED, scratch),
+            report=_report(root, scratch),
             with_teacher=True,
         )
         root.publish(release.path, RELEASE)
     return {"release": root.join(RELEASE).uri, "codes": release.num_codes, "MACs ratio": round(release.ratio, 3)}
+
+
+def _report(root: Store, scratch: str) -> Path:
+    """What people read of the evaluation; the scores stay in the run."""
+    target = Path(scratch) / "report"
+    shutil.copytree(root.fetch(EVALUATED, scratch), target, ignore=shutil.ignore_patterns(*FILES))
+    return target
 
 
 def _write_pipeline(config: RunConfig, folder: Path) -> None:

@@ -1,19 +1,27 @@
-"""The tasks that score networks on held-out rows: whether the cluster holds one, and those of a sweep's trials."""
+"""What scores networks on held-out rows: whether the cluster holds a task, how long one takes, a sweep's own tasks."""
 
+import time
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import ray
+import torch
+from torch import nn
 
 from aptp.expert import load_expert
+from aptp.latents import encode_texts
 from aptp_platform.config import EvaluateConfig, RunConfig
-from aptp_platform.data.heldout import read_held_out, row_losses
-from aptp_platform.models import load_pipeline_parts
+from aptp_platform.data.heldout import HeldOut, read_held_out, row_losses
+from aptp_platform.models import PipelineParts, load_pipeline_parts
 from aptp_platform.run.layout import CUT, assigned_router, network_of
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
 from aptp_platform.train.curve import HeldOutTest, Measured
+
+WARM_UP: Final = 1
+TIMED: Final = 5
 
 
 def check_scoring(config: EvaluateConfig) -> None:
@@ -23,6 +31,24 @@ def check_scoring(config: EvaluateConfig) -> None:
         "GPU": ("gpus_per_network", config.gpus_per_network),
     }
     require_room("evaluate", None, 1, shares, spare=0.0)
+
+
+@torch.no_grad()
+def forward_milliseconds(config: EvaluateConfig, parts: PipelineParts, unet: nn.Module, held: HeldOut) -> float:
+    """The median time of one forward pass of a batch of `config.batch_size` on the network's device."""
+    device = next(unet.parameters()).device
+    rows = (list(range(len(held.keys))) * config.batch_size)[: config.batch_size]
+    text_encoder = parts.text_encoder.to(device)
+    texts = encode_texts(parts.tokenizer, text_encoder, [held.captions[row] for row in rows])
+    latents, at = held.latents[rows].to(device), torch.full((len(rows),), config.timesteps[0], device=device)
+    seconds = []
+    for _ in range(WARM_UP + TIMED):
+        started = time.perf_counter()
+        unet(latents, at, encoder_hidden_states=texts, return_dict=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * float(np.median(seconds[WARM_UP:]))
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,18 @@ ROUTER: Final = "router"  # in the folders of pruned, shared, assigned and refit
 UNET: Final = "unet"  # in the folder of shared
 CHECKPOINTS: Final = "checkpoints"  # in the folders of the three trainings, as are the next two
 CURVES: Final = "curves"
+RUN: Final = "run.json"  # in a training's checkpoints: what it depends on, and once it is finished its steps
 TENSORBOARD: Final = "tensorboard"
 
 
 def network_of(code: int) -> str:
     """The name of a code's network in `cut/` and `finetuned/`."""
     return f"{code:02d}"
+
+
+def trained_steps(root: Store, network: str) -> int:
+    """How many steps a network of `finetuned/` was trained."""
+    return root.join(FINETUNED, CHECKPOINTS, network).read_json(RUN)["steps"]
 
 
 def home(config: RunConfig, stage: str) -> Store:

@@ -30,6 +30,7 @@ from aptp_platform.run.layout import (
     FINETUNED,
     PRUNED,
     ROUTER,
+    RUN,
     SHARED,
     TRAIN_ROWS,
     UNET,
@@ -128,10 +129,10 @@ def fit(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any] = (
         ConfigError: the folder holds checkpoints of another config.
         TrainingFailedError: it failed more often than `max_failures`.
     """
-    run, record = runs.join(name), "run.json"
+    run = runs.join(name)
     depends_on = dict(spec.depends_on())
-    if run.exists(record):
-        before = run.read_json(record)
+    if run.exists(RUN):
+        before = run.read_json(RUN)
         if found := differences(before["config"], depends_on):
             raise ConfigError(
                 f"{run.uri}: its checkpoints belong to another config ({'; '.join(found[:3])}): give the run a root of "
@@ -139,9 +140,9 @@ def fit(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any] = (
             )
         if before.get("steps") == spec.training.steps:
             return before["summary"]
-    run.write_json(record, {"config": depends_on})
+    run.write_json(RUN, {"config": depends_on})
     summary = _run_group(spec, runs, name, callbacks)
-    run.write_json(record, {"config": depends_on, "steps": spec.training.steps, "summary": summary})
+    run.write_json(RUN, {"config": depends_on, "steps": spec.training.steps, "summary": summary})
     return summary
 
 

@@ -3,21 +3,30 @@
 import numpy as np
 import pytest
 
-from aptp_platform.experts.arms import (
+from aptp_platform.experts.evidence.arms import (
     ORACLE,
     RANDOM,
     ROUTED,
     TEACHER,
-    Arm,
+    Network,
     arm_facts,
     build_arms,
     kind_facts,
     need_capacity,
+    need_of,
     routed_minus,
 )
 
 COSTS = np.array([0.3, 0.5])
 ROWS = 200
+
+
+def network(losses: np.ndarray, cost: float, milliseconds: float = 1.0) -> Network:
+    return Network(np.atleast_2d(losses), np.full(losses.shape[-1], cost), cost, milliseconds)
+
+
+def networks(losses: np.ndarray, costs: np.ndarray = COSTS) -> list[Network]:
+    return [network(each, cost, 100 * cost) for each, cost in zip(losses, costs, strict=True)]
 
 
 def made_up(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,7 +40,7 @@ def made_up(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_routed_random_and_oracle_by_hand() -> None:
     teacher, experts, codes = made_up()
-    arms = build_arms(teacher, experts, codes, COSTS, {"uniform": (teacher + 0.25, 0.4)})
+    arms = build_arms(network(teacher, 1.0), networks(experts), codes, {"uniform": network(teacher + 0.25, 0.4)})
     rows = np.arange(ROWS)
     assert arms[ROUTED].losses == pytest.approx(experts[codes, 0, rows])
     assert arms[RANDOM].losses == pytest.approx(experts[:, 0].mean(0))
@@ -44,7 +53,9 @@ def test_routed_random_and_oracle_by_hand() -> None:
     assert facts[RANDOM]["extra_loss"] == pytest.approx(0.15, abs=0.005)
     assert facts[ORACLE]["extra_loss"] == pytest.approx(0.1, abs=0.005)
     low, high = facts["uniform"]["extra_loss_95"]
-    assert low <= 0.25 <= high
+    assert low - 1e-9 <= 0.25 <= high + 1e-9
+    assert facts[ROUTED]["ms"] == pytest.approx(40), "each expert's, weighted by its use"
+    assert facts[RANDOM]["teacher_distance"] == pytest.approx(0.4)
     difference = routed_minus(arms)
     assert set(difference) == {RANDOM, ORACLE, "uniform"}
     assert difference["uniform"]["95"][1] < 0
@@ -55,18 +66,20 @@ def test_the_oracle_does_not_see_the_noise_that_it_is_scored_at() -> None:
     rng = np.random.default_rng(1)
     teacher = np.zeros(2000)
     experts = rng.normal(0, 1, (2, 2, 2000))
-    arms = build_arms(teacher, experts, np.zeros(2000, int), np.array([0.4, 0.4]), {})
+    arms = build_arms(network(teacher, 1.0), networks(experts, np.array([0.4, 0.4])), np.zeros(2000, int), {})
     assert abs(arms[ORACLE].losses.mean()) < 0.1
     assert experts[:, 0].min(0).mean() < -0.4
 
 
 def test_need_and_capacity_are_compared_by_rank() -> None:
-    teacher, experts, codes = made_up()
+    losses, expert_losses, codes = made_up()
+    teacher, experts = network(losses, 1.0), networks(expert_losses)
+    assert need_of(teacher, experts) == pytest.approx(expert_losses[:, 0].mean(0) - losses)
     found = need_capacity(teacher, experts, COSTS[codes], None)
     assert found["spearman"] > 0.8
     assert found["95"][0] > 0.7
     assert need_capacity(teacher, experts, np.full(ROWS, 0.4), None)["spearman"] is None
-    measured = (experts[:, 0] - teacher).T
+    measured = (expert_losses[:, 0] - losses).T
     told = need_capacity(teacher, experts, COSTS[codes], measured)["predicted"]
     assert told["mean_absolute_error"] == 0
     assert told["mean"] == pytest.approx(told["measured_mean"])
@@ -76,8 +89,3 @@ def test_kinds_with_too_few_prompts_are_left_out() -> None:
     kinds = ["sign"] * 8 + ["food"] * 7
     table = kind_facts(kinds, np.arange(15.0), np.full(15, 0.4))
     assert table == {"sign": {"rows": 8, "need": 3.5, "cost_ratio": pytest.approx(0.4)}}
-
-
-def test_one_row_has_an_interval_of_no_width() -> None:
-    one = {TEACHER: Arm(np.zeros(1), np.ones(1)), ROUTED: Arm(np.ones(1), np.ones(1))}
-    assert arm_facts(one)[ROUTED]["extra_loss_95"] == (1.0, 1.0)

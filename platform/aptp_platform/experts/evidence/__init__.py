@@ -1,0 +1,1 @@
+"""What evaluations and comparisons are computed from and shown with: intervals, arms, scores, features, figures."""
