@@ -24,7 +24,7 @@ ifneq ($(TORCH),$(shell cat .venv/.torch 2>/dev/null))
 endif
 endif
 
-.PHONY: help setup node check test soak bench-aptp bench-serve bench-train bench-ablation demo serve lock clean another-build
+.PHONY: help setup node check test soak bench-aptp bench-serve bench-train bench-ablation results-quick demo serve lock clean another-build
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s $$'\t'
 
@@ -81,6 +81,9 @@ demo: setup ## captioned images to served images; FRESH=1 forgets finished stage
 serve: setup ## serve the demo's release until ^C; GPU=1: that of make demo GPU=1
 	$(DEMO) --serve
 
+results-quick: setup ## the method beside its opponents in ten minutes, with the whole report; too short to prove anything
+	PYTHONPATH=. $(BIN)/python jobs/evaluate_experts.py --config jobs/configs/results_quick.yaml
+
 bench-train: setup ## what training costs beyond its arithmetic; writes benchmarks/results/train.json
 	$(BIN)/python -m benchmarks.train
 
@@ -94,5 +97,5 @@ lock: ## refresh every lock from pyproject.toml; KEEP=1 changes only what is mis
 	.venv-lock/bin/python -m install.lock $(if $(KEEP),--keep)
 	rm -rf .venv-lock
 
-clean: ## forget the demo's runs
-	rm -rf runs/demo runs/demo-gpu
+clean: ## forget the runs of the demo and of results-quick
+	rm -rf runs/demo runs/demo-gpu runs/results-quick

@@ -27,7 +27,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     ],
     "experts": [
         "assign", "cut", "refit", "score", "evidence", "evaluate", "publish", "comparison", "comparison_report",
-        "experiment", "sweep", "tune",
+        "curves", "experiment", "sweep", "tune",
     ],
     "experts/evidence": [
         "intervals", "agreement", "arms", "scores", "trials", "features", "images", "page", "figures", "sentences",

@@ -8,23 +8,70 @@
 All runs read the root's own encoded rows. The total is `share.run.steps` and, for each of `router.num_codes` codes,
 `finetune.run.steps`; a learning rate that falls does so over all of a run's steps. `random_routing` and `oracle` use
 the method's experts; `experiment.baselines` are cut and trained in the run of `one_code`, as long as its network. What
-is finished is reused, and what was interrupted goes on, as in any run.
+is finished is reused, and what was interrupted goes on, as in any run. `<root>/comparison/` says how they compare.
 """
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from math import inf
+from pathlib import Path
+from typing import Any
 
 from aptp_platform.config import ConfigError, ExperimentConfig, ReuseConfig, RunConfig
-from aptp_platform.run.layout import home
+from aptp_platform.experts.comparison import compare
+from aptp_platform.experts.comparison_report import write
+from aptp_platform.experts.curves import mean_curve, run_curve
+from aptp_platform.experts.evidence.scores import load_scores
+from aptp_platform.experts.evidence.trials import ArmRun
+from aptp_platform.run.layout import COMPARISON, EVALUATED, home
 from aptp_platform.run.path import STAGES, run_stage
+from aptp_platform.storage.store import Store
 
 METHOD = "routed"
 ONE, SHORT, SIMILARITY = "one_code", "one_code_short", "similarity_routing"
 OPPONENTS = (ONE, SHORT, SIMILARITY)
 STAGES_OF_A_RUN = tuple(name for name in STAGES if name not in ("encode", "publish"))
+
+
+Run = tuple[float, int, str, RunConfig]  # budget, seed, arm and config
+
+
+def experiment(config: RunConfig) -> dict[str, Any]:
+    """Train and evaluate all runs, publish `comparison/` (metrics.json, report.html, figures); returns the metrics.
+
+    Raises:
+        ConfigError: the experiment cannot be made.
+        ValueError: the runs that were made do not compare; the line says which arm, and why.
+    """
+    runs = train_runs(config)
+    root = Store.open(config.root, config.storage)
+    with tempfile.TemporaryDirectory() as scratch:
+        arms = [ArmRun(arm, _scores(run, Path(scratch))) for _, _, arm, run in runs]
+        found, folder = compare(arms), Path(scratch) / COMPARISON
+        folder.mkdir()
+        write(folder, found, arms, curves=_curves(runs))
+        root.publish(folder, COMPARISON, last=("metrics.json",))
+    print(f"[experiment] {root.join(COMPARISON).uri}/report.html compares {len(runs)} runs", flush=True)
+    return found
+
+
+def _scores(run: RunConfig, scratch: Path) -> Any:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        return load_scores(home(run, "evaluate").fetch(EVALUATED, folder))
+
+
+def _curves(runs: Sequence[Run]) -> dict[str, list[dict[str, float]]] | None:
+    """Of the first budget: each arm's held-out extra loss along its training, the mean over seeds; None if no training
+    was measured."""
+    first = runs[0][0]
+    by_arm: dict[str, list[list[dict[str, float]]]] = {}
+    for budget, _, arm, run in runs:
+        if budget == first and (curve := run_curve(run)):
+            by_arm.setdefault(arm, []).append(curve)
+    return {arm: mean_curve(curves) for arm, curves in by_arm.items()} or None
 
 
 def total_steps(config: RunConfig) -> int:
@@ -50,7 +97,7 @@ def check_experiment(config: RunConfig) -> None:
         )
 
 
-def runs_of(config: RunConfig) -> Iterator[tuple[float, int, str, RunConfig]]:
+def runs_of(config: RunConfig) -> Iterator[Run]:
     """Budget, seed, arm and config of every run, those that others start from first."""
     arms = (METHOD, *(name for name in OPPONENTS if name in config.experiment.opponents))
     for budget, seed, arm in product(config.experiment.budgets, config.experiment.seeds, arms):
@@ -96,7 +143,7 @@ def run_of(config: RunConfig, budget: float, seed: int, arm: str) -> RunConfig:
     return own
 
 
-def train_runs(config: RunConfig) -> list[tuple[float, int, str, RunConfig]]:
+def train_runs(config: RunConfig) -> list[Run]:
     """Take every run of the experiment to the end of its evaluation, `experiment.at_once` at a time.
 
     Raises:

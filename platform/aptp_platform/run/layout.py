@@ -7,7 +7,8 @@ assigned/                  the router with the codes that are kept, and a file o
 cut/00/ ... cut/uniform/   one network per code and per baseline
 finetuned/00/ ...          the same networks after training; what is beside as in pruned/
 refitted/router/           the router, fitted to the experts as they are after training
-evaluated/                 metrics, figures, report
+evaluated/                 metrics, scores, figures, report
+comparison/                of an experiment, whose runs are in runs/: metrics, figures, report
 release/                   what a server reads
 tune/                      one folder per trial of a sweep, each laid out as a root; what the sweep found beside them
 stages/                    one record per stage: fingerprint, and summary once it is done
@@ -34,6 +35,7 @@ CUT: Final = "cut"
 FINETUNED: Final = "finetuned"
 REFITTED: Final = "refitted"
 EVALUATED: Final = "evaluated"
+COMPARISON: Final = "comparison"
 RELEASE: Final = "release"
 TRIALS: Final = "tune"
 RECORDS: Final = "stages"
