@@ -16,7 +16,7 @@ from aptp_platform.run.path import run_stage
 def evaluate(config: RunConfig) -> Any:
     if not config.experiment.budgets:
         return run_stage("evaluate", config)
-    from aptp_platform.experts.experiment import experiment
+    from aptp_platform.experts.experiment.runs import experiment
 
     return experiment(config)
 

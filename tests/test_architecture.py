@@ -26,13 +26,13 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
         "source", "stream", "engine", "checkpoint", "curve", "events", "loop", "samples", "specs", "sharing", "trainer",
     ],
     "experts": [
-        "assign", "cut", "refit", "score", "evidence", "evaluate", "publish", "comparison", "comparison_report",
-        "curves", "experiment", "sweep", "tune",
+        "assign", "cut", "refit", "score", "evidence", "evaluate", "publish", "experiment", "sweep", "tune",
     ],
     "experts/evidence": [
         "intervals", "agreement", "arms", "scores", "trials", "features", "images", "page", "figures", "sentences",
         "tables", "report",
     ],
+    "experts/experiment": ["curves", "comparison", "comparison_report", "runs"],
     "experts/sweep": ["space", "choice", "record", "search", "outcome"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "engine", "routing", "http", "app",

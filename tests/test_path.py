@@ -16,10 +16,10 @@ from tensorboardX.proto.event_pb2 import Event
 from aptp.release import read_release
 from aptp_platform.config import ConfigError, ReuseConfig, RunConfig
 from aptp_platform.config_file import load_config, parse_config, to_tree
-from aptp_platform.experts.comparison import compare
 from aptp_platform.experts.evaluate import evaluate
 from aptp_platform.experts.evidence.scores import load_scores
 from aptp_platform.experts.evidence.trials import ArmRun
+from aptp_platform.experts.experiment.comparison import compare
 from aptp_platform.run.cluster import free_ports
 from aptp_platform.run.path import STAGES, require_stage, run_stage
 from aptp_platform.serve.app import build

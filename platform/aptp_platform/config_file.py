@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,30 @@ def places(config: RunConfig) -> dict[str, str]:
     named |= {f"reuse.{stage}": place or "" for stage, place in vars(config.reuse).items()}
     named |= {"evaluate.features": config.evaluate.features.partition(":")[2]}
     return {field: place for field, place in named.items() if place and not place.startswith("package:")}
+
+
+def with_fields(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The config with some fields (`section.field`) set; raises `ConfigError` as `parse_config` does."""
+    tree = to_tree(config)
+    for field, value in values.items():
+        *sections, leaf = field.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[leaf] = value
+    return parse_config(tree)
+
+
+def with_absolute_places(config: RunConfig) -> RunConfig:
+    """For work in other processes than this one, whose folder relative paths name nothing in."""
+
+    def absolute(field: str, place: str) -> str:
+        value = config
+        for name in field.split("."):
+            value = getattr(value, name)
+        return str(value).removesuffix(place) + Store.open(place).uri  # what stands before it says what it is
+
+    return with_fields(config, {field: absolute(field, place) for field, place in places(config).items()})
 
 
 @cache

@@ -17,7 +17,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.logger import JsonLoggerCallback
 
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.config_file import places, to_tree
+from aptp_platform.config_file import to_tree, with_absolute_places, with_fields
 from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
 from aptp_platform.experts.score import Scorer, check_scoring
@@ -33,7 +33,7 @@ from aptp_platform.experts.sweep.record import (
     write_trial,
 )
 from aptp_platform.experts.sweep.search import Proposals, Stopping
-from aptp_platform.experts.sweep.space import BUDGET, Settings, applied, read_space, trial_name
+from aptp_platform.experts.sweep.space import BUDGET, Settings, read_space, trial_name
 from aptp_platform.run.job import cause_of
 from aptp_platform.run.layout import HELD_OUT_ROWS, TRAIN_ROWS, TRIALS, home
 from aptp_platform.run.path import fingerprint
@@ -64,8 +64,7 @@ def tune(config: RunConfig) -> dict[str, Any]:
     if config.share.run.steps:
         check_group(config.share.run, "share.run", config.encode)
     check_scoring(config.evaluate)
-    # Tune runs a trial in a folder of its own, where relative paths name nothing.
-    sweep = Sweep(applied(config, {field: Store.open(place).uri for field, place in places(config).items()}))
+    sweep = Sweep(with_absolute_places(config))
     with Lease(root, TRIALS):
         sweep.run()
         trials = sweep.trials()
@@ -155,7 +154,7 @@ class Sweep:
         training, step, name = result["training"], result["step"], trial_name(settings)
         before = self._curves.get(name) or Trial(settings, "running")
         self._curves[name] = replace(before, curves={**before.curves, training: result[CURVE]})
-        steps = getattr(applied(self.config, settings), training).run.steps
+        steps = getattr(with_fields(self.config, settings), training).run.steps
         if not self.config.tune.stop_from * steps <= step < steps:
             return False
         (own,) = self._points({name}, training, step, settings)
@@ -222,7 +221,7 @@ def _run(trial: Trial, own: RunConfig, teacher: dict[str, float]) -> Trial:
 
 def _own(config: RunConfig, settings: Settings, folder: Store) -> RunConfig:
     """The config of one trial: its trainings are measured on the rows that score it, and it cuts no baselines."""
-    own = applied(config, settings)
+    own = with_fields(config, settings)
     rows = own.tune.rows
     return replace(
         own,

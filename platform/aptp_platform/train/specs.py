@@ -162,6 +162,8 @@ class PruneSpec:
             router.need.reserve(router.config.need.memory)
         state = {name.removeprefix("router."): value for name, value in learned.items() if name.startswith("router.")}
         router.load_state_dict({name: value.cpu() for name, value in state.items()})
+        if router.need is not None and module.memory is not None and module.memory.count:
+            router.need.observe(module.memory.cpu().observations(), drifting=True)  # however few: they are all there is
         budget, objective = self.config.router.budget, self.config.prune.objective
         found = calibrate_budget(router.eval(), embeddings, table, budget, balance=objective.balance, allow_unused=True)
         with tempfile.TemporaryDirectory() as scratch:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.config_file import load_config
+from aptp_platform.config_file import load_config, with_fields
 from aptp_platform.experts.sweep.choice import choose, falls_behind, pareto_set
 from aptp_platform.experts.sweep.outcome import chosen_config
 from aptp_platform.experts.sweep.record import Trial, facts_of, read_trials, seconds_inside, write_trial
 from aptp_platform.experts.sweep.search import Proposals
-from aptp_platform.experts.sweep.space import Range, Values, applied, holds, points, read_space, trial_name
+from aptp_platform.experts.sweep.space import Range, Values, holds, points, read_space, trial_name
 from aptp_platform.experts.tune import tune
 from aptp_platform.storage.store import Store
 from tests.support.tiny_run import tiny_run
@@ -132,7 +132,7 @@ def test_what_an_earlier_start_has_found_counts_as_long_as_nothing_it_depends_on
     more = replace(config, tune=replace(config.tune, trials=9, choose="x"), finetune=replace(config.finetune))
     more = replace(more, prune=replace(more.prune, run=replace(more.prune.run, workers=1, checkpoint_every=7)))
     assert read_trials(folder, more, read_space(more), "e") == [failed, done], "none of it changes a trial's result"
-    longer = applied(config, {LENGTH: 201})
+    longer = with_fields(config, {LENGTH: 201})
     assert read_trials(folder, longer, read_space(longer), "e") == []
     assert read_trials(folder, config, read_space(config), "other rows") == []
     narrower = replace(config, tune=replace(config.tune, budgets=(0.65,), num_codes=(2,)))
@@ -163,7 +163,7 @@ def test_the_chosen_config_is_read_back_as_it_was_chosen(tmp_path: Path) -> None
     assert text.splitlines()[0] == f"# Trial {trial.name} of a sweep: a rule."
     (tmp_path / "chosen.yaml").write_text(text)
     read = load_config(tmp_path / "chosen.yaml")
-    assert read == applied(config, trial.settings)
+    assert read == with_fields(config, trial.settings)
     assert (read.router.num_codes, read.router.budget, read.prune.run.learning_rate) == (2, 0.8, 0.0123456789)
 
 

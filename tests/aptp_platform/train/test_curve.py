@@ -11,10 +11,12 @@ from aptp.baselines import random_code
 from aptp.cost import cost_table
 from aptp.sites import read_space
 from aptp.slicing import slice_unet
+from aptp_platform.config import TrainingConfig
 from aptp_platform.data.heldout import read_held_out, row_losses
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.storage.store import Store
 from aptp_platform.train.curve import Curve, HeldOutTest, Measured
+from aptp_platform.train.specs import result_of
 from tests.support.tiny_run import tiny_run
 
 
@@ -42,6 +44,10 @@ def test_a_row_under_its_code_loses_what_the_slice_loses(tmp_path: Path) -> None
     assert test.of_network(parts.unet, every, 1.0).extra_loss == pytest.approx(0, abs=1e-9)
     taught = HeldOutTest(config, parts, len(routes), dict.fromkeys(held.keys, 0.5))
     assert taught.of_network(parts.unet, every, 1.0).extra_loss == pytest.approx(teacher.mean() - 0.5), "not measured"
+
+
+def test_a_checkpoint_serves_a_run_that_measures_and_one_that_does_not() -> None:
+    assert result_of(TrainingConfig(heldout_rows=5)) == result_of(TrainingConfig())
 
 
 def test_a_training_that_goes_on_keeps_the_points_up_to_there(tmp_path: Path) -> None:

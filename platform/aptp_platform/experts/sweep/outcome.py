@@ -13,10 +13,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.config_file import dump_config, to_tree
+from aptp_platform.config_file import dump_config, to_tree, with_fields
 from aptp_platform.experts.sweep.choice import choose, pareto_set
 from aptp_platform.experts.sweep.record import Trial
-from aptp_platform.experts.sweep.space import applied
 from aptp_platform.storage.store import Store
 
 RESULTS: Final = "results.json"
@@ -63,7 +62,7 @@ def report(folder: Store, config: RunConfig, trials: Sequence[Trial], seconds: d
 
 def chosen_config(config: RunConfig, chosen: Trial, rule: str) -> str:
     """The whole config with a trial's settings, as YAML; its first line says how the trial was chosen."""
-    own = applied(replace(config, tune=replace(config.tune, choose=None)), chosen.settings)
+    own = with_fields(replace(config, tune=replace(config.tune, choose=None)), chosen.settings)
     return f"# Trial {chosen.name} of a sweep: {rule}.\n{dump_config(own)}"
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.config_file import to_tree
-from aptp_platform.experts.sweep.space import Settings, Space, applied, holds, trial_name
+from aptp_platform.config_file import to_tree, with_fields
+from aptp_platform.experts.sweep.space import Settings, Space, holds, trial_name
 from aptp_platform.run.layout import CURVES, PRUNED, SHARED
 from aptp_platform.storage.store import Store
 from aptp_platform.train.specs import common_of, result_of
@@ -48,7 +48,7 @@ class Trial:
 
 def facts_of(config: RunConfig, settings: Settings, encoded: str) -> dict[str, Any]:
     """What a trial's result depends on, as plain data. encoded: the fingerprint of the encoded rows."""
-    own = applied(config, settings)
+    own = with_fields(config, settings)
     trainings = {
         name: {"objective": to_tree(section.objective), "steps": section.run.steps, "run": result_of(section.run)}
         for name, section in (("prune", own.prune), ("share", own.share))

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any, Final
 
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.config_file import parse_config, to_tree
+from aptp_platform.config_file import to_tree, with_fields
 
 NUM_CODES: Final = "router.num_codes"
 BUDGET: Final = "router.budget"
@@ -84,18 +84,6 @@ def holds(space: Space, settings: Mapping[str, Any]) -> bool:
     )
 
 
-def applied(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """The config with some fields set; raises ConfigError as `parse_config` does."""
-    tree = to_tree(config)
-    for field, value in settings.items():
-        *sections, leaf = field.split(".")
-        node = tree
-        for section in sections:
-            node = node[section]
-        node[leaf] = value
-    return parse_config(tree)
-
-
 def trial_name(settings: Mapping[str, Any]) -> str:
     """A folder's name: the number of codes, the budget, and a hash of the other fields if there are any."""
     name = f"codes-{settings[NUM_CODES]}-budget-{settings[BUDGET]:g}"
@@ -145,7 +133,7 @@ def _require_field(config: RunConfig, field: str, where: str) -> None:
 def _checked(config: RunConfig, field: str, where: str, value: Any) -> Any:
     """The value as the config holds it, as plain data."""
     try:
-        node = to_tree(applied(config, {field: value}))
+        node = to_tree(with_fields(config, {field: value}))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     for part in field.split("."):

@@ -13,21 +13,25 @@ is finished is reused, and what was interrupted goes on, as in any run. `<root>/
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from math import inf
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray import ObjectRef
+
 from aptp_platform.config import ConfigError, ExperimentConfig, ReuseConfig, RunConfig
-from aptp_platform.experts.comparison import compare
-from aptp_platform.experts.comparison_report import write
-from aptp_platform.experts.curves import mean_curve, run_curve
+from aptp_platform.config_file import with_absolute_places
 from aptp_platform.experts.evidence.scores import load_scores
 from aptp_platform.experts.evidence.trials import ArmRun
+from aptp_platform.experts.experiment.comparison import compare
+from aptp_platform.experts.experiment.comparison_report import write
+from aptp_platform.experts.experiment.curves import mean_curve, run_curve
 from aptp_platform.run.layout import COMPARISON, EVALUATED, home
 from aptp_platform.run.path import STAGES, run_stage
+from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
 
 METHOD = "routed"
@@ -46,6 +50,7 @@ def experiment(config: RunConfig) -> dict[str, Any]:
         ConfigError: the experiment cannot be made.
         ValueError: the runs that were made do not compare; the line says which arm, and why.
     """
+    config = with_absolute_places(config)
     runs = train_runs(config)
     root = Store.open(config.root, config.storage)
     with tempfile.TemporaryDirectory() as scratch:
@@ -148,24 +153,29 @@ def train_runs(config: RunConfig) -> list[Run]:
 
     Raises:
         ConfigError: the experiment cannot be made.
-        Exception: what the first failed run raised, when all others are done.
+        RayTaskError: of the first run that failed, when all others are done.
     """
     check_experiment(config)
     run_stage("encode", config)
     runs = list(runs_of(config))
-    done: dict[str, Future[None]] = {}
-    with ThreadPoolExecutor(config.experiment.at_once) as threads:
-        for _, _, _, run in runs:
-            # Threads take runs in this order, so the one that is waited for has begun.
-            before = done.get(run.reuse.prune) if run.reuse.prune else None
-            done[run.root] = threads.submit(_train, run, before)
-    for future in done.values():
-        future.result()
+    made: dict[str, ObjectRef[None]] = {}
+    with Progress("experiment", len(runs)) as progress:
+        for number, (_, _, _, run) in enumerate(runs):
+            if number >= config.experiment.at_once:
+                _, working = ray.wait(list(made.values()), num_returns=number - config.experiment.at_once + 1)
+                progress.update(len(made) - len(working))
+            before = made.get(run.reuse.prune) if run.reuse.prune else None
+            made[run.root] = _train.remote(run, before)
+        ray.wait(list(made.values()), num_returns=len(made))
+        progress.update(len(runs))
+    ray.get(list(made.values()))
     return runs
 
 
-def _train(run: RunConfig, before: Future[None] | None) -> None:
-    if before is not None:
-        before.result()
+# A process of its own: stages count a network's MACs and build it on meta devices, which is no matter for threads. It
+# only waits for its stages' tasks and workers, so it takes no CPU from them.
+@ray.remote(num_cpus=0, max_retries=0)
+def _train(run: RunConfig, before: None) -> None:
+    """Ray starts it when the run that it starts from is done."""
     for stage in STAGES_OF_A_RUN:
         run_stage(stage, run)

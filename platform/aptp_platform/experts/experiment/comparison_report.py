@@ -11,7 +11,6 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float
 
-from aptp_platform.experts.comparison import budget_key
 from aptp_platform.experts.evidence import page
 from aptp_platform.experts.evidence.arms import ORACLE, RANDOM, ROUTED, TEACHER, need_of
 from aptp_platform.experts.evidence.features import NEEDED
@@ -37,6 +36,7 @@ from aptp_platform.experts.evidence.sentences import (
 )
 from aptp_platform.experts.evidence.tables import SHOWN, codes_table, hardest_rows, kept_figure, pictures_table
 from aptp_platform.experts.evidence.trials import ArmRun, Trial, gather
+from aptp_platform.experts.experiment.comparison import budget_key
 
 FEW_SEEDS: Final = 5
 AGREEMENT: Final = {

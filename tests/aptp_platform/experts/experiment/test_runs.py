@@ -7,7 +7,7 @@ import pytest
 
 from aptp_platform.config import ConfigError, ExperimentConfig, RunConfig
 from aptp_platform.config_file import load_config, parse_config, to_tree
-from aptp_platform.experts.experiment import OPPONENTS, check_experiment, runs_of, total_steps
+from aptp_platform.experts.experiment.runs import OPPONENTS, check_experiment, runs_of, total_steps
 from aptp_platform.run.path import fingerprint
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aptp_platform.experts.comparison import compare
 from aptp_platform.experts.evidence.arms import ORACLE, RANDOM, ROUTED, TEACHER
 from aptp_platform.experts.evidence.scores import RunScores, load_scores
 from aptp_platform.experts.evidence.trials import ArmRun
+from aptp_platform.experts.experiment.comparison import compare
 from tests.support.made_up_scores import KINDS, STYLES, made_up_scores, with_images
 
 COSTS = (0.3, 0.5)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from aptp_platform.experts.comparison import compare
-from aptp_platform.experts.comparison_report import write
 from aptp_platform.experts.evidence.arms import ROUTED, TEACHER
 from aptp_platform.experts.evidence.sentences import (
     arms_sentence,
@@ -19,6 +17,8 @@ from aptp_platform.experts.evidence.sentences import (
     verdict,
 )
 from aptp_platform.experts.evidence.trials import ArmRun
+from aptp_platform.experts.experiment.comparison import compare
+from aptp_platform.experts.experiment.comparison_report import write
 from tests.support.made_up_scores import made_up_scores, with_images
 
 COSTS = (0.3, 0.5)
