@@ -87,7 +87,7 @@ results-quick: setup ## the method beside its opponents in ten minutes, with the
 bench-train: setup ## what training costs beyond its arithmetic; writes benchmarks/results/train.json
 	$(BIN)/python -m benchmarks.train
 
-bench-ablation: setup ## what two removed CPU tricks brought the server, each alone; writes benchmarks/results/ablation.json
+bench-ablation: setup ## what two CPU tricks bring the server, each alone; writes benchmarks/results/ablation.json
 	PYTHONPATH=.:platform $(BIN)/python -m benchmarks.ablation
 
 lock: ## refresh every lock from pyproject.toml; KEEP=1 changes only what is missing or no longer allowed

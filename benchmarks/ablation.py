@@ -1,11 +1,12 @@
-"""What two CPU tricks brought the server, each alone: packed weights, and turns between the replicas of one machine.
+"""What two CPU tricks bring the server, each alone: packed weights, and turns between the replicas of one machine.
 
     make bench-ablation
 
-Both are removed. `COMMIT` is the last commit that has them and measures them; its tree is laid out in the work folder
-and its own scripts run there. A gain is of one round, without / with the trick (images a second: with / without), so
-above 1 where the trick helps; the arms of a round alternate. A trick earns its code with a median gain of at least
-`WANTED` in one of the figures that a user notices: an image of a full batch, a lone image, throughput, latency.
+Packed weights are removed: `COMMIT` is the last commit that has them and measures them; its tree is laid out in the
+work folder and its own script runs there. Turns are `serve/cpu/turns.py`. A gain is of one round, without / with the
+trick (images a second: with / without), so above 1 where the trick helps; the arms of a round alternate. A trick earns
+its code with a median gain of at least `WANTED` in one of the figures that a user notices: an image of a full batch, a
+lone image, throughput, latency.
 
     packed weights  the expert's step engine, and the router's encoder, in one process of one thread
     turns           four expert replicas on the machine's cores, saturated, idle, and at 70 % of their capacity
@@ -42,8 +43,9 @@ def main() -> None:
     tree = lay_out(args.work.absolute() / "tree")
     work = ["--work", str(args.work.absolute())]
     run(tree, "benchmarks.ablation", *work, "--seconds", str(60 * args.minutes))
-    run(tree, "benchmarks.ablation_turns", *work, "--minutes", str(args.minutes))
-    packed, turns = (json.loads((tree / f"benchmarks/results/{name}.json").read_text()) for name in NAMES)
+    measured = args.work.absolute() / "turns.json"
+    run(ROOT, "benchmarks.ablation_turns", *work, "--minutes", str(args.minutes), "--to", str(measured))
+    packed, turns = (json.loads(file.read_text()) for file in (tree / "benchmarks/results/ablation.json", measured))
     rows = [*packed_rows(packed), *turns_rows(turns)]
     print("\n".join(table(rows)))
     found = [
@@ -52,9 +54,6 @@ def main() -> None:
     ]
     report = {"machine": packed["machine"], "commit": COMMIT, "wanted": WANTED, "rows": found}
     (RESULTS / "ablation.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-NAMES: Final = ("ablation", "ablation-turns")
 
 
 def lay_out(tree: Path) -> Path:

@@ -35,8 +35,9 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "experts/experiment": ["curves", "comparison", "comparison_report", "runs"],
     "experts/sweep": ["space", "choice", "record", "search", "outcome"],
     "serve": [
-        "messages", "args", "retries", "release_source", "replicas", "engine", "routing", "http", "app",
+        "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",
     ],
+    "serve/cpu": ["turns"],
     "serve/engine": ["images", "denoising", "batch_size", "batching", "metrics", "expert"],
     "serve/routing": [
         "pot", "overflow", "prompt_cache", "selection", "routing_map", "decision_log", "drift", "metrics", "replay",

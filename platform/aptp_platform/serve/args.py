@@ -67,6 +67,11 @@ class ExpertArgs(_Section):
     batching: Literal["steps", "requests"] = Field(
         default="steps", description="requests: newcomers wait for the whole batch to end; to compare with"
     )
+    turns: Literal["auto", "off"] = Field(
+        default="auto",
+        description="replicas that share a machine's cores take turns between steps, the oldest request first; auto: "
+        "on a CPU, if a replica measures at its start that asking costs next to nothing",
+    )
     max_waiting: int = Field(default=8, ge=0, description="requests a replica holds ready to join the batch")
     max_queued_requests: int = Field(default=64, ge=1, description="more that wait for a replica get a 429")
     scaling: ScalingArgs = ScalingArgs()

@@ -14,6 +14,7 @@ from typing import Final
 from jaxtyping import UInt8
 from torch import Tensor
 
+from aptp_platform.serve.cpu.turns import Turns
 from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
 
 _SMOOTHING: Final = 0.2  # weight of the newest cycle in the mean cycle time
@@ -74,6 +75,10 @@ class RequestHandle:
     def steps_left(self) -> int:
         return self.spec.num_inference_steps if self.sample is None else self.sample.steps_left
 
+    @property
+    def steps_done(self) -> int:
+        return 0 if self.sample is None else self.sample.steps_done
+
     async def images(self) -> AsyncIterator[Rendered]:
         """The previews that the spec wants, then the finished image."""
         while True:
@@ -111,6 +116,7 @@ class StepEngine:
         max_waiting: requests that may wait for a place; one more raises `EngineFullError`.
         whole_requests: newcomers wait until the whole batch is done, as batching servers do that know no steps. It is
             here to be compared with.
+        turns: taken between steps, where more replicas than cores share a machine; None: computes whenever it has to.
         observe: called after every cycle, on the event loop.
     """
 
@@ -121,6 +127,7 @@ class StepEngine:
         max_batch_size: int,
         max_waiting: int,
         whole_requests: bool = False,
+        turns: Turns | None = None,
         observe: Callable[[Cycle], None] | None = None,
     ) -> None:
         if max_batch_size < 1 or max_waiting < 0:
@@ -128,6 +135,7 @@ class StepEngine:
                 f"max_batch_size {max_batch_size} must be at least 1, max_waiting {max_waiting} at least 0"
             )
         self._denoiser, self._whole_requests, self._observe = denoiser, whole_requests, observe
+        self._turns, self._step_s = turns, 0.0  # of the shortest step so far; 0 before the first
         self._max_batch_size, self._max_waiting = max_batch_size, max_waiting
         self._waiting: deque[RequestHandle] = deque()
         self._running: list[RequestHandle] = []
@@ -188,6 +196,8 @@ class StepEngine:
             await asyncio.gather(self._loop, return_exceptions=True)
         _fail((*self._running, *self._waiting), RuntimeError("the engine was closed"))
         await asyncio.to_thread(self._thread.shutdown)
+        if self._turns is not None:
+            self._turns.close()
 
     async def _run(self) -> None:
         while True:
@@ -197,8 +207,7 @@ class StepEngine:
                 await self._wake.wait()
                 continue
             started = time.monotonic()
-            handles = self._seat()
-            outcome = await asyncio.get_running_loop().run_in_executor(self._thread, self._cycle, handles)
+            outcome = await self._in_turn()
             for handle, error in outcome.failed:
                 _fail((handle,), error)
             for handle, preview, pixels in outcome.due:
@@ -207,6 +216,23 @@ class StepEngine:
             self._running = [handle for handle in self._running if handle.steps_left and handle not in gone]
             if outcome.stepped:
                 self._account(len(outcome.stepped), time.monotonic() - started)
+
+    async def _in_turn(self) -> _Outcome:
+        """One cycle of all who have a place when its turn has come: those too that came while it was others' turn."""
+        loop = asyncio.get_running_loop()
+        if self._turns is None:
+            return await loop.run_in_executor(self._thread, self._cycle, self._seat())
+        await loop.run_in_executor(self._thread, self._turns.acquire, self._since() or time.monotonic())
+        try:
+            self._drop_unwanted()
+            return await loop.run_in_executor(self._thread, self._cycle, self._seat())
+        finally:
+            self._turns.release(self._since())
+
+    def _since(self) -> float | None:
+        """From when the one waits that is furthest behind: since it came, less the steps that it was given."""
+        handles = [each for each in (*self._running, *self._waiting) if each.steps_left and not each.unwanted]
+        return min((each.arrived + self._step_s * each.steps_done for each in handles), default=None)
 
     def _seat(self) -> list[RequestHandle]:
         """Who takes part in the next step: those who run, and of those who wait as many as there are places."""
@@ -242,7 +268,9 @@ class StepEngine:
 
     def _step(self, alive: list[tuple[RequestHandle, Sample]]) -> list[tuple[RequestHandle, int | None, Tensor]]:
         """One step for all; the pixels of those that are finished or due for a preview."""
+        started = time.monotonic()
         self._denoiser.step([sample for _, sample in alive])
+        self._step_s = min(self._step_s or math.inf, time.monotonic() - started)
         due = []
         for handle, sample in alive:
             preview = sample.take_preview()

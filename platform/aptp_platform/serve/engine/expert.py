@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from aptp.expert import load_expert
 from aptp.release import Release
 from aptp_platform.serve.args import ExpertArgs
+from aptp_platform.serve.cpu.turns import Turns, turns_if_cheap
 from aptp_platform.serve.engine.batch_size import best_batch_size
 from aptp_platform.serve.engine.batching import EngineFullError, Rendered, RequestHandle, StepEngine, TooLateError
 from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
@@ -53,6 +55,7 @@ class Expert:
             # Serve gives this many to a replica, whatever batch it settled on.
             max_waiting=args.batch_bound + args.max_waiting - self._batch_limit,
             whole_requests=args.batching == "requests",
+            turns=self._measured_turns(args),
             observe=metrics.observe,
         )
 
@@ -95,6 +98,15 @@ class Expert:
         limit = best_batch_size(self._denoiser, self._catalog.size, largest=args.largest_batch, seconds=args.measure_s)
         _LOG.info("%s denoises up to %d samples together", self._model, limit)
         return limit
+
+    def _measured_turns(self, args: ExpertArgs) -> Turns | None:
+        """On as many cores as this process may use, one turn for each replica that they hold."""
+        if args.turns == "off" or args.device != "cpu" or args.batching == "requests":
+            return None
+        at_once = max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())
+        turns = turns_if_cheap("cpu", at_once, self._warm_up)
+        _LOG.info("%s takes %s", self._model, f"one of {at_once} turns" if turns else "no turns: asking costs too much")
+        return turns
 
     def _check_release(self, release: str) -> None:
         if release != self._catalog.release:

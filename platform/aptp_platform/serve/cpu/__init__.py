@@ -1,0 +1,1 @@
+"""What expert replicas on a shared CPU use in addition."""
