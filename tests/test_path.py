@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from aptp.release import read_release
-from aptp_platform.config import ConfigError, ReuseConfig, RunConfig
+from aptp_platform.config import ConfigError, ReuseConfig, RunConfig, TrainingConfig
 from aptp_platform.config_file import load_config, parse_config, to_tree
 from aptp_platform.experts.evaluate import evaluate
 from aptp_platform.experts.evidence.scores import load_scores
@@ -30,6 +30,8 @@ from tests.support.s3_server import S3Server
 from tests.support.tiny_pipeline import build_pipeline
 
 TRAINING = {"steps": 6, "batch_size": 8, "warmup_steps": 2, "checkpoint_every": 6, "learning_rate": 0.02}
+
+OFF = TrainingConfig(steps=0)
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +156,17 @@ def test_a_second_run_reuses_every_stage_and_another_config_does_not(config: Run
 def test_a_run_starts_from_the_stages_of_another(config: RunConfig, tmp_path: Path) -> None:
     for stage in ("encode", "prune", "share"):
         run_stage(stage, config)
-    other = replace(config, root=str(tmp_path / "other"), reuse=ReuseConfig(encode=config.root, share=config.root))
+    reuse = ReuseConfig(encode=config.root, prune=config.root)
+    other = replace(config, root=str(tmp_path / "other"), reuse=reuse, share=replace(config.share, run=OFF))
     said: list[str] = []
-    run_stage("encode", other, said.append)
-    summary = run_stage("assign", other, said.append)
+    for stage in ("encode", "prune", "share"):
+        run_stage(stage, other, said.append)
     assert said[0] == f"[encode] reused: {config.root}/encoded, as reuse.encode says"
-    assert summary["captions"] == 48
-    assert {path.name for path in Path(other.root).iterdir()} == {"assigned", "leases", "stages"}
-    with pytest.raises(ConfigError, match=r"share: its result in .* was made from another config"):
-        run_stage("assign", replace(other, seed=1))
+    assert sorted(path.name for path in Path(other.root).iterdir()) == ["leases", "shared", "stages"]
+    name = "shared/router/router.safetensors"
+    assert Path(other.root, name).read_bytes() == Path(config.root, "pruned/router/router.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"prune: its result in .* was made from another config"):
+        run_stage("prune", replace(other, seed=1))
 
 
 @pytest.mark.usefixtures("local_ray")

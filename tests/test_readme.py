@@ -37,7 +37,7 @@ def test_the_jobs_of_the_walk_are_the_stages_in_their_order() -> None:
         *submit, python, script, flag, config = line
         assert submit == ["ray", "job", "submit", "--runtime-env", "jobs/runtime_env.yaml", "--"]
         assert (python, flag) == ("python", "--config")
-        (stage,) = re.findall(r'run_job\("(\w+)"', (ROOT / script).read_text())
+        (stage,) = re.findall(r'run_(?:job|stage)\("(\w+)"', (ROOT / script).read_text())
         assert script == f"jobs/{STAGES[stage].script}.py"
         stages.append(stage)
         assert load_config(ROOT / config).root == "s3://aptp/run"
