@@ -24,6 +24,7 @@ from ray import ObjectRef
 
 from aptp_platform.config import ConfigError, ExperimentConfig, ReuseConfig, RunConfig
 from aptp_platform.config_file import with_absolute_places
+from aptp_platform.experts.cut import BASELINES
 from aptp_platform.experts.evidence.scores import load_scores
 from aptp_platform.experts.evidence.trials import ArmRun
 from aptp_platform.experts.experiment.comparison import compare
@@ -89,6 +90,8 @@ def check_experiment(config: RunConfig) -> None:
     chosen = config.experiment
     if unknown := [name for name in chosen.opponents if name not in OPPONENTS]:
         raise ConfigError(f"experiment.opponents: {unknown[0]!r}: must be one of {', '.join(OPPONENTS)}")
+    if unknown := [name for name in chosen.baselines if name not in BASELINES]:
+        raise ConfigError(f"experiment.baselines: {unknown[0]!r}: must be one of {', '.join(BASELINES)}")
     if chosen.baselines and ONE not in chosen.opponents:
         raise ConfigError(
             f"experiment.baselines: {chosen.baselines[0]!r}: train in the run of {ONE}; add it to opponents"

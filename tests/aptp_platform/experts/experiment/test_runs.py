@@ -51,6 +51,7 @@ def test_what_arms_have_in_common_is_made_once(config: RunConfig) -> None:
             {"opponents": ("one_cod",)},
             r"^experiment.opponents: 'one_cod': must be one of one_code, one_code_short, sim",
         ),
+        ({"baselines": ("unifrom",)}, r"^experiment.baselines: 'unifrom': must be one of uniform, magnitude, random, "),
         ({"opponents": (), "baselines": ("random",)}, r"^experiment.baselines: 'random': train in the run of one_code"),
         ({"seeds": ()}, r"^experiment.seeds: \[\]: name at least one seed"),
     ],
