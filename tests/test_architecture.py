@@ -23,7 +23,8 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "data": ["sample", "formats", "captions", "encoded", "heldout", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
     "train": [
-        "source", "stream", "engine", "checkpoint", "curve", "events", "loop", "samples", "specs", "sharing", "trainer",
+        "source", "stream", "engine", "checkpoint", "curve", "heldout_test", "events", "loop", "samples", "specs",
+        "sharing", "trainer",
     ],
     "experts": [
         "assign", "cut", "refit", "score", "evidence", "evaluate", "publish", "experiment", "sweep", "tune",

@@ -18,7 +18,8 @@ from aptp_platform.models import PipelineParts, load_pipeline_parts
 from aptp_platform.run.layout import CUT, assigned_router, network_of
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
-from aptp_platform.train.curve import HeldOutTest, Measured
+from aptp_platform.train.curve import Measured
+from aptp_platform.train.heldout_test import HeldOutTest
 
 WARM_UP: Final = 1
 TIMED: Final = 5

@@ -21,8 +21,9 @@ from aptp_platform.config_file import dump_config, to_tree
 from aptp_platform.models import PipelineParts, load_pipeline_parts
 from aptp_platform.run.layout import CURVES, PRUNED, ROUTER, SHARED, TENSORBOARD, UNET, home
 from aptp_platform.storage.store import Store
-from aptp_platform.train.curve import Curve, HeldOutTest, Measured
+from aptp_platform.train.curve import Curve, Measured
 from aptp_platform.train.engine import compute_in
+from aptp_platform.train.heldout_test import HeldOutTest
 from aptp_platform.train.loop import Summary, Work
 from aptp_platform.train.specs import batches_of, common_of, result_of
 from aptp_platform.train.stream import Stream

@@ -38,8 +38,9 @@ from aptp_platform.run.layout import (
     network_of,
 )
 from aptp_platform.storage.store import Store
-from aptp_platform.train.curve import Curve, HeldOutTest, Measured
+from aptp_platform.train.curve import Curve, Measured
 from aptp_platform.train.engine import compute_in
+from aptp_platform.train.heldout_test import HeldOutTest
 from aptp_platform.train.loop import Summary, Work
 from aptp_platform.train.samples import draw
 from aptp_platform.train.stream import Stream

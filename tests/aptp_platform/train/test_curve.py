@@ -15,7 +15,8 @@ from aptp_platform.config import TrainingConfig
 from aptp_platform.data.heldout import read_held_out, row_losses
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.storage.store import Store
-from aptp_platform.train.curve import Curve, HeldOutTest, Measured
+from aptp_platform.train.curve import Curve, Measured
+from aptp_platform.train.heldout_test import HeldOutTest
 from aptp_platform.train.specs import result_of
 from tests.support.tiny_run import tiny_run
 

@@ -15,7 +15,7 @@ from aptp_platform.experts.assign import assign
 from aptp_platform.experts.cut import cut
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.storage.store import Store
-from aptp_platform.train.curve import HeldOutTest
+from aptp_platform.train.heldout_test import HeldOutTest
 from aptp_platform.train.stream import Stream, files_of
 from aptp_platform.train.trainer import check_group, check_shape, expert_steps, finetune, prune, share
 from tests.support.fault_proxy import FAULTS, FaultProxy
