@@ -4,27 +4,32 @@ import base64
 import io
 import json
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from aptp.expert import load_expert, read_expert_info
 from aptp.release import read_release
+from aptp.router import Router
 from aptp_platform.config import ConfigError, ReuseConfig, RunConfig, TrainingConfig
 from aptp_platform.config_file import load_config, parse_config, to_tree
 from aptp_platform.experts.evaluate import evaluate
 from aptp_platform.experts.evidence.scores import load_scores
 from aptp_platform.experts.evidence.trials import ArmRun
 from aptp_platform.experts.experiment.comparison import compare
+from aptp_platform.models import load_pipeline_parts
 from aptp_platform.run.cluster import free_ports
 from aptp_platform.run.path import STAGES, require_stage, run_stage
 from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.storage.store import StorageConfig, Store
+from aptp_platform.train.heldout_test import HeldOutTest
 from tests.support.captioned import IMAGE_SIZE, write_shards
 from tests.support.s3_server import S3Server
 from tests.support.tiny_pipeline import build_pipeline
@@ -53,7 +58,8 @@ def config(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Run
             "samples": {"prompts": ["a cat", "a red car"], "inference_steps": 2},
             "share": {"run": TRAINING},
             "assign": {"if_fewer": "merge"},
-            "finetune": {"run": TRAINING},
+            "cut": {"baselines": []},
+            "finetune": {"run": TRAINING | {"heldout_rows": 12}},
             "evaluate": {"images": 16, "generated": 4, "inference_steps": 2, "timesteps": [500], "batch_size": 8},
         }
     )
@@ -73,7 +79,7 @@ def test_from_captioned_images_in_a_bucket_to_a_served_png(config: RunConfig) ->
     assert release.ratio < config.router.budget + 0.02  # less where a random network gains nothing by size
     check_events(Path(config.root))
     metrics = json.loads((release.path / "report" / "metrics.json").read_text())
-    assert set(metrics["arms"]) == {"teacher", "routed", "random_routing", "oracle", "uniform"}
+    assert set(metrics["arms"]) == {"teacher", "routed", "random_routing", "oracle"}
     assert metrics["arms"]["teacher"]["cost_ratio"] == 1
     assert metrics["arms"]["random_routing"]["cost_ratio"] == pytest.approx(metrics["arms"]["routed"]["cost_ratio"])
     page = (release.path / "report" / "report.html").read_text()
@@ -150,6 +156,25 @@ def test_a_second_run_reuses_every_stage_and_another_config_does_not(config: Run
     assert require_stage("encode", other) == require_stage("encode", config)
     with pytest.raises(ConfigError, match=r"share: its result .* was made from another config"):
         run_stage("assign", other, said.append)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_every_expert_was_trained_and_measured_on_the_prompts_that_it_serves(config: RunConfig) -> None:
+    for stage in STAGES:
+        run_stage(stage, config)
+    root = Path(config.root)
+    test = HeldOutTest(config, load_pipeline_parts(config.model, config.storage), 12)
+    routes = Router.load(root / "assigned" / "router").route_embeddings(test.embeddings).indices.tolist()
+    curves = {path.stem: json.loads(path.read_text())[-1] for path in (root / "finetuned" / "curves").iterdir()}
+    assert sorted(curves) == sorted({f"{code:02d}" for code in routes})
+    for name, point in curves.items():
+        info = read_expert_info(root / "cut" / name)
+        assert info == read_expert_info(root / "finetuned" / name)
+        before, after = load_expert(root / "cut" / name), load_expert(root / "finetuned" / name)
+        moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+        assert all(moved), f"{sum(moved)} of {len(moved)} parameters of {name} were trained"
+        rows = [row for row in range(12) if f"{routes[row]:02d}" == name]
+        assert point == pytest.approx(asdict(test.of_network(after, rows, info.cost.ratio)) | {"step": 6}, rel=1e-4)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -21,7 +21,8 @@ ray.cloudpickle.register_pickle_by_value(toy_spec)
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_node_that_dies_changes_nothing_and_its_notice_saved_what_was_not_saved_yet(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": PATHS, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
+    watcher = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
+    environment = {**os.environ, "PYTHONPATH": PATHS, **watcher}
     killed = subprocess.run(
         [sys.executable, two_nodes.__file__, str(tmp_path / "killed")],
         env=environment, capture_output=True, text=True, timeout=400, check=False,
