@@ -242,6 +242,7 @@ class ExperimentConfig:
     opponents: tuple[str, ...] = ("one_code", "one_code_short", "similarity_routing")
     baselines: tuple[str, ...] = ()  # codes that nobody learned, as cut.baselines, trained as long as one_code
     at_once: Count = 1  # runs that are trained at the same time
+    tolerance: Share = 0.01  # how far an arm's mean cost may be from the budget, as a share of it
 
 
 @dataclass(frozen=True)

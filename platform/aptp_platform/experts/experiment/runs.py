@@ -1,6 +1,6 @@
 """The method against opponents that cost the same and train as long: each a run of its own, per budget and seed.
 
-    <root>/runs/budget-0.35/seed-0/routed/               the config as it is
+    <root>/runs/budget-0.35/seed-0/routed/               the config as it is; at the root's own budget and seed its run
                                    one_code/             one learned code, trained as long as all experts together
                                    one_code_short/       one learned code, trained as long as one expert
                                    similarity_routing/   prompts go by similarity of gates, in equal shares
@@ -56,7 +56,7 @@ def experiment(config: RunConfig) -> dict[str, Any]:
     root = Store.open(config.root, config.storage)
     with tempfile.TemporaryDirectory() as scratch:
         arms = [ArmRun(arm, _scores(run, Path(scratch))) for _, _, arm, run in runs]
-        found, folder = compare(arms), Path(scratch) / COMPARISON
+        found, folder = compare(arms, tolerance=config.experiment.tolerance), Path(scratch) / COMPARISON
         folder.mkdir()
         write(folder, found, arms, curves=_curves(runs))
         root.publish(folder, COMPARISON, last=("metrics.json",))
@@ -125,6 +125,10 @@ def run_of(config: RunConfig, budget: float, seed: int, arm: str) -> RunConfig:
         finetune=replace(config.finetune, steps_of="mean"),  # so that totals do not depend on which codes are kept
         experiment=ExperimentConfig(),
     )
+    if arm == METHOD and (own.cut, own.finetune, budget, seed) == (
+        config.cut, config.finetune, config.router.budget, config.seed
+    ):  # fmt: skip
+        return replace(own, root=config.root)  # what the root has finished is not trained again
     if arm == SIMILARITY:
         objective = replace(own.prune.objective, warmup="prompts", size_span=0.0, resource="log", balance=inf)
         router = replace(own.router, routing="similarity")

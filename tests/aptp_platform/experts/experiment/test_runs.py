@@ -14,6 +14,7 @@ from aptp_platform.run.path import fingerprint
 @pytest.fixture
 def config() -> RunConfig:
     chosen = ["experiment.budgets=[0.35, 0.5]", "experiment.seeds=[0, 1]", "experiment.baselines=[magnitude]"]
+    chosen += [f"experiment.opponents=[{', '.join(OPPONENTS)}]"]
     more = ["share.run.steps=100", "share.run.batch_size=16", "share.run.learning_rate=0.001", "finetune.run.steps=50"]
     return load_config("jobs/configs/demo.yaml", [*chosen, *more])
 
@@ -42,6 +43,17 @@ def test_what_arms_have_in_common_is_made_once(config: RunConfig) -> None:
         assert fingerprint(stage, runs["one_code_short"]) == fingerprint(stage, runs["one_code"])
     assert fingerprint("prune", runs["one_code"]) != fingerprint("prune", runs["routed"])
     assert fingerprint("prune", runs["similarity_routing"]) != fingerprint("prune", runs["routed"])
+
+
+def test_the_roots_own_run_is_the_methods_at_its_budget_and_seed() -> None:
+    demo = load_config("jobs/configs/demo.yaml", ["experiment.budgets=[0.5, 0.65]"])
+    roots = {(budget, arm): run.root for budget, _, arm, run in runs_of(demo)}
+    assert roots[0.65, "routed"] == demo.root
+    assert roots[0.5, "routed"] == f"{demo.root}/runs/budget-0.5/seed-0/routed"
+    (routed,) = (run for budget, _, arm, run in runs_of(demo) if (budget, arm) == (0.65, "routed"))
+    assert all(fingerprint(stage, routed) == fingerprint(stage, demo) for stage in ("encode", "prune", "evaluate"))
+    other = replace(demo, finetune=replace(demo.finetune, steps_of="each"))
+    assert demo.root not in {run.root for *_, run in runs_of(other)}, "it trained another number of steps"
 
 
 @pytest.mark.parametrize(
