@@ -1,7 +1,7 @@
 """Build the embedded data set: emoji in three art styles as WebDataset shards.
 
     .venv/bin/pip install resvg-py==0.5.0
-    .venv/bin/python examples/emoji/build.py
+    .venv/bin/python -m examples.emoji.build
 
 Downloads four npm packages of pinned versions with `npm pack`, draws every emoji at 64 x 64 on white, writes four
 captions for each and packs lossless WebP shards whose bytes depend only on those packages. Every caption word
@@ -9,8 +9,6 @@ comes from CLDR, from the style's name or from the pixels. ATTRIBUTION.md names 
 """
 
 import argparse
-import gzip
-import hashlib
 import io
 import json
 import subprocess
@@ -23,6 +21,8 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
+from examples.emoji.shard import COLOURS, digest, write_shard
+
 PACKAGES = {
     "noto": "emoji-datasource-google@16.0.0",
     "twemoji": "emoji-datasource-twitter@16.0.0",
@@ -32,12 +32,6 @@ PACKAGES = {
 SIZE = 64
 SAMPLES_PER_SHARD = 500
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-COLOURS = {
-    "black": (25, 25, 25), "dark gray": (85, 85, 85), "gray": (140, 140, 140), "light gray": (200, 205, 210),
-    "white": (250, 250, 250), "red": (215, 45, 50), "dark red": (130, 25, 30), "orange": (245, 140, 35),
-    "yellow": (255, 205, 60), "green": (80, 165, 60), "dark green": (35, 95, 45), "light blue": (120, 195, 240),
-    "blue": (45, 110, 200), "purple": (130, 75, 180), "pink": (240, 130, 165), "brown": (125, 80, 50),
-}  # fmt: skip
 GROUP_KINDS = {
     "smileys-emotion": "face", "people-body": "person", "animals-nature": "nature", "food-drink": "food",
     "travel-places": "place", "activities": "object", "objects": "object", "symbols": "sign", "flags": "flag",
@@ -212,24 +206,6 @@ def colours_of(image: Image.Image) -> list[str]:
     order = np.argsort(-share, kind="stable")
     names = list(COLOURS)
     return [names[i] for i in order if share[i] > 0.15] or [names[order[0]]]
-
-
-def write_shard(path: Path, rows: list[tuple[str, dict[str, bytes]]]) -> None:
-    """A tar.gz whose bytes depend on its members alone (no clock, no owner)."""
-    with (
-        path.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=9, mtime=0) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
-    ):
-        for key, parts in rows:
-            for extension, data in parts.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-
-
-def digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 if __name__ == "__main__":

