@@ -1,4 +1,4 @@
-"""The whole path on this machine: a Ray cluster, one submitted job per stage, the server, images of both models.
+"""The whole path on this machine: a Ray cluster, one submitted job, the server, images of both models.
 
 python -m examples.emoji.demo [--fresh] [--config jobs/configs/demo.yaml] [--set section.field=value]
 """
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +31,9 @@ from rich.table import Table
 
 from aptp_platform.config import ConfigError
 from aptp_platform.config_file import load_config
+from aptp_platform.experts.experiment.runs import runs_of
 from aptp_platform.run.cluster import ClusterError, LocalCluster, port_is_free
+from aptp_platform.run.layout import COMPARISON
 from aptp_platform.run.path import STAGES, forget
 from aptp_platform.run.progress import parse_line
 from examples.emoji.gallery import write_gallery
@@ -42,6 +44,7 @@ PROMPTS = (
     "noto emoji of police car",
 )  # fmt: skip
 SERVE_SECONDS = 120.0
+LOG = Path("runs/demo.log")  # of a job that failed
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,16 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     places = {"root": config.root, "data.source": config.data.source, "model.pipeline": config.model.pipeline}
     overrides = [f"{field}={_absolute(place)}" for field, place in places.items()]
     serve = _serve_config(Path(args.serve_config), root / "release")
+    experiment = replace(config, experiment=replace(config.experiment, budgets=(config.router.budget,)))
     if args.fresh:
-        forget(config)
+        for *_, run in runs_of(experiment):
+            forget(run)
     root.mkdir(parents=True, exist_ok=True)
     with LocalCluster(num_cpus=4, object_store_bytes=500_000_000) as cluster:
         console.print(f"Ray runs for this demo alone: dashboard {cluster.dashboard}", highlight=False)
-        for stage in STAGES.values():
-            command = f"python jobs/{stage.script}.py --config {args.config}"
-            _submit(cluster, stage.name, command, [*args.set, *overrides], console)
+        command = f"python jobs/run_pipeline.py --config {args.config}"
+        budgets = f"experiment.budgets=[{config.router.budget}]"
+        _submit(cluster, command, [*args.set, *overrides, budgets], console)
         console.print("\n[bold]serve[/bold]: ingress, router and one deployment per code")
         with _deploy(cluster, serve) as client:
             shown = _draw_all(client, console)
@@ -105,7 +110,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     write_gallery(gallery, [(row.prompt, f"{row.code} {row.ratio:.2f}", row.teacher, row.expert) for row in shown])
     _print_table(console, shown)
     console.print(f"gallery (teacher above, routed expert below): {gallery}", highlight=False, soft_wrap=True)
-    console.print(f"report: {root / 'release' / 'report' / 'metrics.json'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {root / 'release' / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"beside one code for all prompts: {root / COMPARISON / 'report.html'}", highlight=False, soft_wrap=True
+    )
     again = f"python -m examples.emoji.demo --serve --config {args.config} --serve-config {args.serve_config}"
     console.print(f"serve it again: {again}", highlight=False, soft_wrap=True)
     console.print(f"took {(time.monotonic() - started) / 60:.1f} minutes")
@@ -135,11 +143,11 @@ def _deploy(cluster: LocalCluster, serve: dict[str, Any]) -> Iterator[httpx.Clie
         yield client
 
 
-def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str], console: Console) -> None:
-    """What `ray job submit` does, with its progress lines as a bar and the stage's other lines printed."""
+def _submit(cluster: LocalCluster, command: str, overrides: list[str], console: Console) -> None:
+    """What `ray job submit` does, with its progress lines as bars and the stages' other lines printed."""
     entry = " ".join([command, *(f"--set {shlex.quote(override)}" for override in overrides)])
     runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text())
-    console.print(f"\n[bold]{stage}[/bold]: a job: {command}", highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]train[/bold]: a job: {command}", highlight=False, soft_wrap=True)
     client, job = cluster.submit(entry, runtime_env)
     lines: list[str] = []
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -157,10 +165,10 @@ def _submit(cluster: LocalCluster, stage: str, command: str, overrides: list[str
         asyncio.run(follow())
     status = client.get_job_status(job)
     if status != JobStatus.SUCCEEDED:
-        (log := Path(cluster_log := f"runs/{stage}.log")).parent.mkdir(exist_ok=True)
-        log.write_text("\n".join(lines))
+        LOG.parent.mkdir(exist_ok=True)
+        LOG.write_text("\n".join(lines))
         told = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
-        raise DemoError(told or f"{stage}: the job {str(status).lower()}; its log is {cluster_log}")
+        raise DemoError(told or f"the job {str(status).lower()}; its log is {LOG}")
 
 
 def _show(line: str, progress: Progress, bars: dict[str, Any]) -> None:
@@ -170,8 +178,11 @@ def _show(line: str, progress: Progress, bars: dict[str, Any]) -> None:
         if found.name not in bars:
             bars[found.name] = progress.add_task(found.name, total=found.total, facts="")
         progress.update(bars[found.name], completed=found.done, total=found.total, facts=found.facts)
-    elif line.startswith(tuple(f"[{stage}] " for stage in STAGES)):
+    elif line.startswith(tuple(f"[{name}] " for name in (*STAGES, "experiment"))):
         progress.console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
+        for bar in bars.values():  # its stage is done
+            progress.remove_task(bar)
+        bars.clear()
 
 
 def _serve_config(path: Path, release: Path) -> dict[str, Any]:
