@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,9 +31,7 @@ from rich.table import Table
 
 from aptp_platform.config import ConfigError
 from aptp_platform.config_file import load_config
-from aptp_platform.experts.experiment.runs import runs_of
 from aptp_platform.run.cluster import ClusterError, LocalCluster, port_is_free
-from aptp_platform.run.layout import COMPARISON
 from aptp_platform.run.path import STAGES, forget
 from aptp_platform.run.progress import parse_line
 from examples.emoji.gallery import write_gallery
@@ -93,16 +91,13 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     places = {"root": config.root, "data.source": config.data.source, "model.pipeline": config.model.pipeline}
     overrides = [f"{field}={_absolute(place)}" for field, place in places.items()]
     serve = _serve_config(Path(args.serve_config), root / "release")
-    experiment = replace(config, experiment=replace(config.experiment, budgets=(config.router.budget,)))
     if args.fresh:
-        for *_, run in runs_of(experiment):
-            forget(run)
+        forget(config)
     root.mkdir(parents=True, exist_ok=True)
     with LocalCluster(num_cpus=4, object_store_bytes=500_000_000) as cluster:
         console.print(f"Ray runs for this demo alone: dashboard {cluster.dashboard}", highlight=False)
         command = f"python jobs/run_pipeline.py --config {args.config}"
-        budgets = f"experiment.budgets=[{config.router.budget}]"
-        _submit(cluster, command, [*args.set, *overrides, budgets], console)
+        _submit(cluster, command, [*args.set, *overrides], console)
         console.print("\n[bold]serve[/bold]: ingress, router and one deployment per code")
         with _deploy(cluster, serve) as client:
             shown = _draw_all(client, console)
@@ -111,9 +106,6 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     _print_table(console, shown)
     console.print(f"gallery (teacher above, routed expert below): {gallery}", highlight=False, soft_wrap=True)
     console.print(f"report: {root / 'release' / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(
-        f"beside one code for all prompts: {root / COMPARISON / 'report.html'}", highlight=False, soft_wrap=True
-    )
     again = f"python -m examples.emoji.demo --serve --config {args.config} --serve-config {args.serve_config}"
     console.print(f"serve it again: {again}", highlight=False, soft_wrap=True)
     console.print(f"took {(time.monotonic() - started) / 60:.1f} minutes")
@@ -178,7 +170,7 @@ def _show(line: str, progress: Progress, bars: dict[str, Any]) -> None:
         if found.name not in bars:
             bars[found.name] = progress.add_task(found.name, total=found.total, facts="")
         progress.update(bars[found.name], completed=found.done, total=found.total, facts=found.facts)
-    elif line.startswith(tuple(f"[{name}] " for name in (*STAGES, "experiment"))):
+    elif line.startswith(tuple(f"[{name}] " for name in STAGES)):
         progress.console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
         for bar in bars.values():  # its stage is done
             progress.remove_task(bar)
