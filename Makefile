@@ -52,8 +52,8 @@ check: setup ## ruff, format, mypy, the import rules, and the locks against the 
 	$(BIN)/pytest -q -p no:cacheprovider tests/test_architecture.py
 	$(BIN)/python -m install.lock --check
 
-# What trains on Ray, and all the rest: two halves that each wait for processes to start more than they compute.
-TRAINING := tests/aptp_platform/experts tests/aptp_platform/train tests/test_path.py
+# What encodes and trains on Ray, and all the rest: two halves that start processes more than they compute.
+TRAINING := tests/aptp_platform/data tests/aptp_platform/experts tests/aptp_platform/train tests/test_path.py
 
 test: setup ## the whole suite, in two halves side by side
 	@$(BIN)/pytest -q $(addprefix --ignore=,$(TRAINING)) > .tests-rest.log 2>&1 & rest=$$!; \
