@@ -22,9 +22,10 @@ class PruningConfig:
     resource: "price": a multiplier, raised while the routed prompts cost more than the budget and lowered while they
         cost less, is what one unit of cost costs every code; the paper's "log" is |ln(ratio / budget)|, a force of
         fixed size, whose share in a code is not its share of the task.
-    price_rate, price_gain: per step, the price moves by rate * (cost - budget); what is paid is the price and gain *
-        (cost - budget) besides, which damps the swing. Prices are in units of what pruning adds to the objective: where
-        loss falls with cost as exp(-10 cost), the price is 10, whatever the network and the terms' weights.
+    price_rate, price_gain: per step, the price moves by rate * (cost - budget), which counts as a tenth of the budget
+        at most; what is paid is the price and gain * (cost - budget) besides, which damps the swing. Prices are in
+        units of what pruning adds to the objective: where loss falls with cost as exp(-10 cost), the price is 10,
+        whatever the network and the terms' weights.
     exploration: the share of prompts that are measured under a code drawn at random, and do not train it, so that every
         code's loss is known for every kind of prompt. need_every: steps between two fits of the need head.
     contrastive: "row" does not depend on the batch size; paper() gives "bce" with weight 100.

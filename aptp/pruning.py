@@ -1,13 +1,15 @@
 """Stage 1: the router and its codes are learned on a frozen, gated UNet.
 
     e = predictor(z);  A = codes;  C = <phi(e), phi(A)>;  d = need head(z);  r = MACs ratios of the codes
-    k(b) = argmax of the transport of  w C_bk - d_bk - price r_k          (by need; the paper's: of C_bk, balanced)
+    k(b) = argmax of the transport of  w C_bk - d_bk - slope r_k          (by need; the paper's: of C_bk, balanced)
     x_t, target = noised latents;  teacher = UNet with open gates;  student = UNet with the gates of A_k(b), sampled
     L = denoising + distillation + price sum_k usage_k r_k + contrastive + pull
     price <- [price + rate (sum_k usage_k r_k - budget)]_+
 
 The last two lines are dual ascent: where they rest, the routed prompts cost the budget and each code's loss falls by
-the same price per unit of cost, so that capacity stands where it is needed. The paper's Algorithm 1 is `paper()` of the
+the same price per unit of cost, so that capacity stands where it is needed. For that, a code feels task and price
+through the same sampled gates, and is cut at the size that it is trained at. To the router a unit of cost is worth what
+the codes' predicted losses fall by. The paper's Algorithm 1 is `paper()` of the
 router's and the objective's configs.
 
 The UNet is the teacher and the student: one set of weights, no gradient to any of them. The module is single-device
@@ -47,6 +49,10 @@ from aptp.routes import code_usage
 from aptp.transport import Transport, assign
 
 _FIRST_EXPLORATION: Final = 0.5  # the share of prompts that are only measured until the need head can be solved for
+_NEAR: Final = 0.1  # of the budget: a price that grew with all of the distance would grow while gates cannot move yet
+_DRAWS: Final = 8  # of noise, that the codes' sizes are averaged over when they part
+_FOLLOW: Final = 0.5  # a threshold moves by this for each unit of cost that a code is cut smaller than it is trained
+_FIRST_PRICE: Final = 5.0
 _LEAST_PRICE: Final = 0.5  # for routing; where the budget binds, prices are near 10
 
 
@@ -58,6 +64,7 @@ class PruningStage(nn.Module):
 
     usage: Tensor
     price: Tensor
+    slope: Tensor
     exchange: Tensor
 
     def __init__(
@@ -84,7 +91,8 @@ class PruningStage(nn.Module):
             router.need.reserve(router.config.need.memory)
             self.memory = NeedMemory(router.config.embedding_dim, router.config.need.memory)
         self.register_buffer("usage", torch.full((router.num_codes,), 1 / router.num_codes))
-        self.register_buffer("price", torch.zeros(()))  # of a unit of cost, in units of what pruning adds
+        self.register_buffer("price", torch.tensor(_FIRST_PRICE))  # of a unit of cost, in units of what pruning adds
+        self.register_buffer("slope", torch.zeros(()))  # of the predicted losses over the codes' costs, downwards
         # Moving averages of what pruning adds to the objective, in size, and of the error that the need head predicts.
         self.register_buffer("exchange", torch.zeros(2))
 
@@ -113,12 +121,12 @@ class PruningStage(nn.Module):
         if warm and config.warmup == "parent":
             codes = codes.mean(0, keepdim=True).expand_as(codes)
         elif noise.step == config.warmup_steps:
-            self._part(codes)
+            self._part(codes, noise)
         code_noise = noise.of(torch.arange(len(codes), device=codes.device)).gumbel(codes.shape[1], use="codes")
         sampled_codes, free_codes = router.code_gates(codes, code_noise), router.code_gates(codes)
         sampled_prompts = router.gates(logits, noise.gumbel(logits.shape[1], use="prompts"))
         free_prompts = router.gates(logits)
-        code_ratios = self.table.ratio(router.harden(free_codes))
+        code_ratios, sampled_ratios = self.table.ratio(router.harden(free_codes)), self.table.ratio(sampled_codes)
         self._set_price(code_ratios.detach())
 
         noisy = config.assignment_noise
@@ -147,7 +155,10 @@ class PruningStage(nn.Module):
             ratios = gather(self.table.ratio(router.harden(free_prompts)))
             shares = torch.ones_like(ratios)
         elif config.resource == "price":
-            ratios, shares = code_ratios, self.usage.clone()
+            # The value is that of the codes as they will be cut. The gradient passes through the sampled gates, as the
+            # task's does, so that a code weighs both alike.
+            self._follow(sampled_ratios.detach() - code_ratios.detach())
+            ratios, shares = code_ratios.detach() + sampled_ratios - sampled_ratios.detach(), self.usage.clone()
         else:
             # Half the weight is the transport's equal share: a code that inference does not use yet would otherwise
             # have no budget, drift away from the others, and stay unused.
@@ -182,26 +193,51 @@ class PruningStage(nn.Module):
         )
 
     @torch.no_grad()
-    def _part(self, codes: Float[Tensor, "code gate"]) -> None:
+    def _part(self, codes: Float[Tensor, "code gate"], noise: Noise) -> None:
         """The codes leave the warm-up at unlike sizes: the smallest for the first, the largest for the last."""
         span, count = self.config.size_span, self.router.num_codes
         if count == 1 or span == 0:
             return
         wanted = self.config.budget * torch.linspace(1 - span, 1 + span, count, device=codes.device)
         wanted = wanted.clamp(self.table.minimum, 1.0)
-        low, high = torch.full_like(wanted, -30.0), torch.full_like(wanted, 30.0)
-        for _ in range(24):
-            self.router.offsets.copy_((low + high) / 2)
-            small = self.table.ratio(self.router.harden(self.router.code_gates(codes))) < wanted
-            low, high = torch.where(small, self.router.offsets, low), torch.where(small, high, self.router.offsets)
+        router, draws = self.router, noise.of(torch.arange(_DRAWS * count, device=codes.device))
+        draws = draws.gumbel(codes.shape[1], use="parting").unflatten(0, (_DRAWS, count))
+
+        def trained() -> Float[Tensor, " code"]:
+            return torch.stack([self.table.ratio(router.code_gates(codes, draw)) for draw in draws]).mean(0)
+
+        def as_cut() -> Float[Tensor, " code"]:
+            return self.table.ratio(router.harden(router.code_gates(codes)))
+
+        for shift, ratio in ((router.offsets, trained), (router.widening, as_cut)):
+            low, high = torch.full_like(wanted, -30.0), torch.full_like(wanted, 30.0)
+            for _ in range(24):
+                shift.copy_((low + high) / 2)
+                small = ratio() < wanted
+                low, high = torch.where(small, shift, low), torch.where(small, high, shift)
         if self.memory is not None:
             self.memory.count.zero_()  # what was measured is of codes that are no more
 
+    def _follow(self, ahead: Float[Tensor, " code"]) -> None:
+        """Codes are cut at the sizes that they are trained at: `ahead` is how much larger the sampled gates are."""
+        self.router.widening.add_(_FOLLOW * ahead)
+
     def _set_price(self, ratios: Float[Tensor, " code"]) -> None:
-        """The router pays the same price as the objective, in units of the error that the need head predicts."""
+        """To the router a unit of cost is worth what the codes' predicted losses fall by; until that is known, what the
+        objective pays."""
         # Cost is never free: where the budget does not bind, what gains next to nothing still goes to the cheaper code.
-        self.router.price.copy_(self.price.clamp_min(_LEAST_PRICE) * self.exchange[1])
+        known = self.slope > 0
+        self.router.price.copy_(torch.where(known, self.slope, self.price.clamp_min(_LEAST_PRICE) * self.exchange[1]))
         self.router.costs.copy_(ratios)
+
+    def _measure_slope(self, losses: Float[Tensor, " code"]) -> None:
+        """How much less the codes lose on average prompts for a unit of cost: what a unit is worth to the router."""
+        costs = self.router.costs - self.router.costs.mean()
+        spread = costs.square().sum()
+        slope = (-(costs * losses).sum() / spread.clamp_min(1e-12)).clamp_min(0)
+        known = spread > 1e-6
+        first = self.slope == 0
+        self.slope.lerp_(slope, torch.where(known, torch.where(first, 1.0, 1 - self.config.usage_decay), 0.0))
 
     @torch.no_grad()
     def _assign(
@@ -221,6 +257,8 @@ class PruningStage(nn.Module):
         unit = scores.new_ones(())
         if losses is not None:  # in units in which `balance` and `transport_epsilon` mean the same all along
             unit = gather(losses).mean().clamp_min(1e-12)
+            if parted:
+                self._measure_slope(gather(losses).mean(0))
             scores, everyone = scores / unit, everyone / unit
         transport = assign(
             everyone,
@@ -271,7 +309,8 @@ class PruningStage(nn.Module):
             return resource_loss(ratio, config.budget)
         over = ratio.detach() - config.budget
         paid = (self.price + config.price_gain * over).clamp_min(0)
-        self.price.add_(config.price_rate * over).clamp_(min=0)
+        most = _NEAR * config.budget
+        self.price.add_(config.price_rate * over.clamp(-most, most)).clamp_(min=0)
         return paid * self.exchange[0] * ratio
 
     def _denoise(

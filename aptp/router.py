@@ -30,8 +30,9 @@ from aptp.prompts import PromptEncoder
 from aptp.relax import harden, soft_gates
 from aptp.routes import RouterConfig, Routes
 
-_SCHEMA: Final = 2
-_READABLE: Final = (1, 2)  # of schema 1 are routers without a need head
+_SCHEMA: Final = 3
+# What routers of the schemas that can be read do not have yet: those of schema 1 have no need head.
+_NEWER: Final = {1: {"offsets", "widening", "costs", "price"}, 2: {"widening"}, _SCHEMA: set[str]()}
 _WEIGHTS, _CONFIG, _ENCODER = "router.safetensors", "router.json", "encoder"
 
 
@@ -68,6 +69,7 @@ class Router(nn.Module):
     bias: Tensor
     shift: Tensor
     offsets: Tensor
+    widening: Tensor
     costs: Tensor
     price: Tensor
 
@@ -106,6 +108,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(num_codes))
         self.register_buffer("shift", torch.zeros(2))
         self.register_buffer("offsets", torch.zeros(num_codes))
+        self.register_buffer("widening", torch.zeros(num_codes))
         self.register_buffer("costs", torch.zeros(num_codes))
         self.register_buffer("price", torch.zeros(()))
 
@@ -153,8 +156,13 @@ class Router(nn.Module):
     def code_gates(
         self, codes: Float[Tensor, "code gate"], noise: Float[Tensor, "code gate"] | None = None
     ) -> Float[Tensor, "code gate"]:
-        """Soft gates of the K codes' logits: as `gates`, each code's width thresholds moved by its offset besides."""
-        return self._gates(codes, self.shift[0] + self.offsets, noise)
+        """Soft gates of the K codes' logits: as `gates`, each code's width thresholds moved by its offset besides.
+
+        Without noise they are moved by its `widening` too: what noise leaves open on average is larger than what the
+        threshold leaves open, the more so the smaller the code, and a code is cut at the size that it was trained at.
+        """
+        offsets = self.offsets if noise is not None else self.offsets + self.widening
+        return self._gates(codes, self.shift[0] + offsets, noise)
 
     def _gates(self, logits: Tensor, width_shift: Float[Tensor, " row"], noise: Tensor | None) -> Tensor:
         width = self.space.width_entries
@@ -278,7 +286,7 @@ class Router(nn.Module):
             raise ValueError(f"keep different codes, at least one, of 0..{self.num_codes - 1}; not {list(codes)}")
         need = None if self.need is None else self.need.keeping(codes)
         kept = Router(self.space, replace(self.config, num_codes=len(codes)), self.encoder, need=need)
-        rows = {name: getattr(self, name)[list(codes)] for name in ("codes", "bias", "offsets", "costs")}
+        rows = {name: getattr(self, name)[list(codes)] for name in ("codes", "bias", "offsets", "widening", "costs")}
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("need.")}
         kept.load_state_dict({**kept.state_dict(), **own, **rows})
         return kept.to(self.bias.device).eval()
@@ -306,10 +314,10 @@ class Router(nn.Module):
         if not (folder / _CONFIG).is_file():
             raise ValueError(f"{folder} holds no {_CONFIG}: a router is a folder that Router.save wrote")
         data = json.loads((folder / _CONFIG).read_text())
-        if data["schema"] not in _READABLE:
+        if data["schema"] not in _NEWER:
             raise ValueError(
                 f"{folder / _CONFIG} has schema {data['schema']}, this version reads schemas "
-                f"{', '.join(map(str, _READABLE))}"
+                f"{', '.join(map(str, _NEWER))}"
             )
         encoder = None
         if (folder / _ENCODER).is_dir():
@@ -320,8 +328,7 @@ class Router(nn.Module):
         router = cls(PruningSpace.from_json(data["space"]), config, encoder, need=need)
         weights = load_file(folder / _WEIGHTS)
         expected = {name for name in router.state_dict() if not name.startswith("encoder.")}
-        if data["schema"] == 1:
-            expected -= {"offsets", "costs", "price"}
+        expected -= _NEWER[data["schema"]]
         if set(weights) != expected:
             raise ValueError(f"{folder / _WEIGHTS} holds {sorted(weights)}, a router has {sorted(expected)}")
         router.load_state_dict(weights, strict=False)

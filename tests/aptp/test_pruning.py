@@ -255,6 +255,44 @@ def test_capacity_goes_to_the_prompts_that_need_it(unet, space, table, seed, aga
     assert needy.mean() > 0.62, found
 
 
+@pytest.mark.parametrize(("needs", "slope", "budget"), [((1.0, 4.0), 8.0, 0.6), ((1.0, 4.0), 12.0, 0.4)])
+def test_at_convergence_a_unit_of_cost_saves_every_code_the_same_loss(unet, space, table, needs, slope, budget):
+    """The loss is need exp(-slope cost), so the codes' costs must differ by ln(4) / slope."""
+    need = torch.tensor(needs)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(len(needs), 16, generator=generator)
+
+    def draw(count: int) -> Batch:
+        kind = torch.arange(count) % len(needs)
+        seen = centres[kind] + 0.05 * torch.randn(count, 16, generator=generator)
+        ids = torch.randint(2**40, (count,), generator=generator) * len(needs) + kind
+        return Batch(torch.zeros(count, 4, 8, 8), torch.zeros(count, 5, 24), seen, ids)
+
+    config = PruningConfig(budget=budget, warmup_steps=60, exploration=0.2, feature_weight=0.0)
+    head = NeedConfig(length=0.5, noise=0.3, memory=360, enough=96)
+    stage = a_stage(unet, space, table, config, num_codes=2, need=head)
+
+    def known(batch, mask, noise, gather):
+        loss = need[batch.rows % len(needs)] * torch.exp(-slope * table.ratio(mask))
+        return {"denoising": loss.mean()}, loss.detach(), loss.detach(), noise.uniform(use="timesteps")
+
+    stage._denoise = known  # type: ignore[method-assign]
+    optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.03, weight_decay=0.0)
+    for step in range(220):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.03 * min(1.0, (220 - step) / 66)  # so that it comes to rest
+        optimizer.zero_grad()
+        run(stage, draw(12), step).total.backward()
+        optimizer.step()
+    fresh = draw(240)
+    calibrate_budget(stage.router, fresh.embeddings, table, budget, tolerance=0.03, balance=config.balance)
+    costs = stage.router.costs[stage.router.route_embeddings(fresh.embeddings).indices]
+    saved = slope * need * torch.exp(-slope * torch.stack([costs[kind :: len(needs)].mean() for kind in (0, 1)]))
+    assert saved.max() / saved.min() < 1.5, saved
+    alike = slope * need * torch.exp(torch.tensor(-slope * budget))
+    assert alike.max() / alike.min() > 3.9, "with codes of one size it would differ fourfold"
+
+
 @pytest.mark.parametrize("routing", ["need", "similarity"])
 def test_one_code_is_the_single_code_method(unet, space, table, routing):
     """Every row trains the one code, whatever the rule of routing; what is left is task and price, computed here."""
@@ -265,6 +303,7 @@ def test_one_code_is_the_single_code_method(unet, space, table, routing):
         found = run(stage, batch, step)
     stage.router.zero_grad()
     price, noise = stage.price.clone(), Noise(0, 3, batch.rows)
+    as_cut = table.ratio(stage.router.harden(stage.router.code_gates(stage.router.codes)))[0].detach()
     found = run(stage, batch, 3)
     found.total.backward()
     gradient = stage.router.codes.grad.clone()
@@ -273,10 +312,11 @@ def test_one_code_is_the_single_code_method(unet, space, table, routing):
 
     stage.price.copy_(price)
     gumbel = noise.of(torch.arange(1)).gumbel(stage.router.codes.shape[1], use="codes")
-    gates = stage.router.code_gates(stage.router.codes, gumbel).expand(len(batch.latents), -1)
-    terms, *_ = stage._denoise(batch, gates, noise)
+    sampled = stage.router.code_gates(stage.router.codes, gumbel)
+    terms, *_ = stage._denoise(batch, sampled.expand(len(batch.latents), -1), noise)
     weights = {"denoising": 1.0, "output": config.output_weight, "feature": config.feature_weight}
-    paid = stage._pay(table.ratio(stage.router.harden(stage.router.code_gates(stage.router.codes)))[0])
+    (trained,) = table.ratio(sampled)
+    paid = stage._pay(as_cut + trained - trained.detach())
     expected = sum(weights[name] * term for name, term in terms.items()) + paid
     (own,) = torch.autograd.grad(expected, [stage.router.codes])
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -231,11 +231,22 @@ def test_a_router_of_before_the_need_head_routes_by_similarity(space, tmp_path):
         del data["config"][name]
     (tmp_path / "router.json").write_text(json.dumps({**data, "schema": 1}))
     weights = load_file(tmp_path / "router.safetensors")
-    older = {name: value for name, value in weights.items() if name not in ("offsets", "costs", "price")}
+    newer = ("offsets", "widening", "costs", "price")
+    older = {name: value for name, value in weights.items() if name not in newer}
     save_file(older, tmp_path / "router.safetensors")
     old = Router.load(tmp_path)
     assert old.config.routing == "similarity"
     assert torch.equal(old.route_embeddings(z).scores, router.route_embeddings(z).scores)
+
+
+def test_a_router_of_before_codes_were_cut_as_they_are_trained_reads_as_it_was(space, tmp_path):
+    router = a_router_by_need(space)
+    router.save(tmp_path)
+    data = json.loads((tmp_path / "router.json").read_text())
+    (tmp_path / "router.json").write_text(json.dumps({**data, "schema": 2}))
+    weights = load_file(tmp_path / "router.safetensors")
+    save_file({name: value for name, value in weights.items() if name != "widening"}, tmp_path / "router.safetensors")
+    assert Router.load(tmp_path).architecture_codes() == router.architecture_codes()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
