@@ -20,7 +20,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "": ["storage", "unknown_keys", "config", "config_file", "models", "run", "data", "train", "experts", "serve"],
     "storage": ["errors", "store", "lease"],
     "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
-    "data": ["sample", "formats", "captions", "encoded", "heldout", "encode"],
+    "data": ["text", "colours", "sample", "formats", "captions", "encoded", "heldout", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
     "train": [
         "source", "stream", "engine", "checkpoint", "curve", "heldout_test", "events", "loop", "samples", "specs",

@@ -21,6 +21,7 @@ from aptp_platform.data.formats.listing import read_coco, read_image_folder, rea
 from aptp_platform.data.formats.parquet import read_parquet
 from aptp_platform.data.formats.tar import read_shard
 from aptp_platform.data.sample import CaptionedImage, Fault, decode_image
+from aptp_platform.data.text import printable
 from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.store import StorageConfig, Store
 
@@ -93,7 +94,11 @@ def source_files(config: DataConfig, storage: StorageConfig) -> list[SourceFile]
 
 
 def read_file(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
-    """The samples of one file, in their stored order."""
+    """The samples of one file, in their stored order.
+
+    Raises:
+        ValueError: the file is of the wrong kind altogether, such as a table without an image column.
+    """
     ending = _format(name)
     assert ending is not None  # source_files has seen to it
     return FORMATS[ending](store, name)
@@ -162,7 +167,7 @@ def _read_files(store: Store, max_captions: int | None, batch: dict[str, np.ndar
     for split, name, place in zip(batch["split"], batch["name"], batch["place"], strict=True):
         group: list[dict[str, object]] = []
         size = 0
-        for position, sample in zip(count(int(place) << 32), read_file(store, str(name))):
+        for position, sample in zip(count(int(place) << 32), _read_whole(store, str(name))):
             group.append({"split": split, "position": position, **_row(sample, max_captions)})
             size += len(sample.image) if isinstance(sample, CaptionedImage) else 0
             if len(group) == GROUP_ROWS or size >= GROUP_BYTES:
@@ -172,11 +177,22 @@ def _read_files(store: Store, max_captions: int | None, batch: dict[str, np.ndar
             yield pa.Table.from_pylist(group, SCHEMA)
 
 
+def _read_whole(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
+    """As `read_file`; a file of the wrong kind among many is one fault."""
+    try:
+        yield from read_file(store, name)
+    except StoreError:
+        raise
+    except ValueError as error:
+        yield Fault(name, "shard", str(error))
+
+
 def _row(sample: CaptionedImage | Fault, max_captions: int | None) -> dict[str, object]:
     if isinstance(sample, Fault):
-        given = {"image": b"", "captions": [], "tags": "{}", "fault": sample.cause, "detail": sample.detail}
+        detail = printable(sample.detail)
+        given = {"image": b"", "captions": [], "tags": "{}", "fault": sample.cause, "detail": detail}
     else:
         tags = json.dumps(sample.tags)
         captions = list(sample.captions[:max_captions])
         given = {"image": sample.image, "captions": captions, "tags": tags, "fault": "", "detail": ""}
-    return {"key": sample.key, **given}
+    return {"key": printable(sample.key), **given}

@@ -1,13 +1,18 @@
 """One schema comes out of every source format, from a disk and from a bucket."""
 
 import json
+import re
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from aptp_platform.config import DataConfig, StorageConfig
-from aptp_platform.data.captions import SCHEMA, SourceFile, read_captioned, source_files
+from aptp_platform.data.captions import SCHEMA, SourceFile, _read_files, check_rows, read_captioned, source_files
 from aptp_platform.data.encode import translated_errors
 from aptp_platform.storage.store import Store
 from tests.support.captioned import captions_of, image_bytes, samples, tar_of, write_shards
@@ -89,6 +94,12 @@ def rows_of(source, pattern, storage=LOCAL):
     return sorted(rows, key=lambda row: row["position"])
 
 
+def read_here(folder, name):
+    """The rows that a reading task gives for one file."""
+    batch = {"split": np.array(["train"]), "name": np.array([name]), "place": np.array([0])}
+    return [row for table in _read_files(Store.open(folder), None, batch) for row in table.to_pylist()]
+
+
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_every_format_gives_the_same_rows(write, where, tmp_path, request, local_ray):
@@ -165,21 +176,24 @@ def test_bad_rows_and_files_are_rows_with_a_fault(tmp_path, local_ray):
         (
             "table.tsv",
             "url\tcaption\nhttp://a\tb\n",
-            r"^table.tsv: its header is \['url', 'caption'\]; one column [^\n]*$",
+            r"its header is \['url', 'caption'\]; one column [^\n]*$",
         ),
-        ("captions_x.json", '{"info": 1}', r"captions_x.json: is no COCO caption file: it lacks 'images'"),
+        ("captions_x.json", '{"info": 1}', "is no COCO caption file: it lacks 'images'"),
+        ("a.parquet", None, "has the columns image; one must be named captions or caption"),
     ],
 )
-def test_a_listing_without_its_columns_is_named(name, content, message, tmp_path, local_ray):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        rows_of(tmp_path, name)
-
-
-def test_a_table_without_captions_is_named(tmp_path, local_ray):
-    pq.write_table(pa.table({"image": [b"i"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"has the columns image; one must be named captions or caption"):
-        rows_of(tmp_path, "*.parquet")
+def test_a_file_of_the_wrong_kind_ends_the_job_before_it_starts_and_costs_a_file_later(
+    name, content, message, tmp_path
+):
+    if content is None:
+        pq.write_table(pa.table({"image": [b"i"]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"^data.train: {name}: {message}"):
+        check_rows(DataConfig(source=str(tmp_path)), LOCAL, [SourceFile("train", name, 0)])
+    (row,) = read_here(tmp_path, name)
+    assert (row["key"], row["fault"]) == (name, "shard")
+    assert re.match(f"{name}: {message}", row["detail"])
 
 
 def test_files_that_cannot_be_sources_are_named_before_anything_runs(tmp_path):
@@ -193,3 +207,98 @@ def test_files_that_cannot_be_sources_are_named_before_anything_runs(tmp_path):
     assert "data.train: train-1.zip: unknown format; the name must end in one of .tar," in refused("*", "*")
     assert "no file matches 'test_*'; it holds train-0.tar" in refused("*.tar", "test_*")
     assert "data.heldout: '*-0*': matches train-0.tar, as data.train does" in refused("*.tar", "*-0*")
+
+
+GOOD = b"a cat"
+CAPTIONS = st.one_of(
+    st.just(GOOD), st.binary(max_size=8), st.text(max_size=8).map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
+
+
+def tar_from(rows):
+    kinds = ("txt", "json")
+    members = [
+        (f"{index}.{kind}", data)
+        for index, (image, caption) in enumerate(rows)
+        for kind, data in (("png", image_bytes(0) if image else None), (kinds[index % 2], caption))
+        if data is not None
+    ]
+    return "x.tar", tar_of(members)
+
+
+def parquet_from(rows):
+    images = pa.array([image_bytes(0) if image else None for image, _ in rows], pa.binary())
+    captions = pa.array([caption for _, caption in rows], pa.binary()).view(pa.string())
+    stream = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": images, "text": captions, "id": captions, "style": captions}), stream)
+    return "x.parquet", stream.getvalue().to_pybytes()
+
+
+def jsonl_from(rows):
+    lines = [
+        b'{"file_name": "%s", "text": "%s"}' % (_file(image), caption.replace(b"\n", b" ")) for image, caption in rows
+    ]
+    return "x.jsonl", b"\n".join(lines)
+
+
+def tsv_from(rows):
+    lines = [b"%s\t%s" % (_file(image), caption.replace(b"\n", b" ")) for image, caption in rows]
+    return "x.tsv", b"\n".join([b"file\ttext", *lines])
+
+
+def coco_from(rows):
+    images = [{"id": index, "file_name": _file(image).decode()} for index, (image, _) in enumerate(rows)]
+    texts = [{"image_id": index, "caption": _text(caption)} for index, (_, caption) in enumerate(rows)]
+    return "annotations/captions_images.json", json.dumps({"images": images, "annotations": texts}).encode()
+
+
+def _file(image):
+    return b"1.png" if image else b"absent.png"
+
+
+def _text(caption):
+    return caption.decode("utf-8", "surrogateescape")
+
+
+def read_made(name, data):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for each in ("annotations", "images"):
+            (folder / each).mkdir()
+        for each in ("1.png", "images/1.png"):
+            (folder / each).write_bytes(image_bytes(0))
+        (folder / name).write_bytes(data)
+        return read_here(folder, name)
+
+
+BUILDERS = (tar_from, parquet_from, jsonl_from, tsv_from, coco_from)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@settings(max_examples=40)
+@given(rows=st.lists(st.tuples(st.booleans(), CAPTIONS), min_size=1, max_size=6))
+def test_every_row_that_goes_in_is_one_row_or_one_fault(build, rows):
+    found = read_made(*build(rows))
+    assert len(found) == len(rows)
+    for index, ((image, caption), row) in enumerate(zip(rows, found, strict=True)):
+        assert row["fault"] in ("", "image", "caption")
+        assert row["image"] == (image_bytes(0) if row["fault"] == "" else b"")
+        assert all(text.strip() for text in row["captions"])
+        if caption == GOOD and not (build is tar_from and index % 2):  # whose json it is not
+            assert (row["fault"], row["captions"]) == (("", ["a cat"]) if image else ("image", []))
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@settings(max_examples=60)
+@given(
+    changes=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4), st.integers(0, 4)), max_size=4),
+    end=st.floats(0, 1),
+)
+def test_a_file_damaged_anywhere_ends_nothing(build, changes, end):
+    name, data = build([(True, GOOD)] * 4)
+    for place, put, removed in changes:
+        start = int(place * len(data))
+        data = data[:start] + put + data[start + removed :]
+    whole = data[: int(end * len(data))] if end < 0.5 else data
+    for row in read_made(name, whole):
+        assert row["fault"] in ("", "image", "caption", "shard")

@@ -1,16 +1,14 @@
 """Shards are read as far as they can be, and nothing that is missing goes unsaid."""
 
 import io
-import json
+import tarfile
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from PIL import Image
 
 from aptp_platform.data.formats.tar import read_shard
-from aptp_platform.data.sample import CaptionedImage, Fault, decode_image
+from aptp_platform.data.sample import CaptionedImage, Fault
 from tests.support.captioned import image_bytes, samples, tar_of
 
 
@@ -49,6 +47,8 @@ def test_samples_of_one_name_in_two_folders_are_two():
         ({"txt": b"text", "json": b'{"caption": "json", "kind": "k"}'}, ("json",)),
         ({"json": b'{"captions": ["one", " ", "two"], "caption": "three"}'}, ("one", "two")),
         ({"txt": b"text", "json": b'{"captions": []}'}, ("text",)),
+        ({"txt": b"text", "json": b'{"caption": "\\u200b"}'}, ("text",)),
+        ({"txt": b"text", "json": b""}, ("text",)),
     ],
 )
 def test_where_captions_come_from(members, captions):
@@ -64,6 +64,14 @@ def test_where_captions_come_from(members, captions):
         ([("0.png", b"I")], "caption", "empty or missing"),
         ([("0.png", b"I"), ("0.txt", b"  ")], "caption", "empty or missing"),
         ([("0.png", b"I"), ("0.json", b"{")], "caption", "its json does not parse"),
+        ([("0.png", b"I"), ("0.json", b"[" * 100_000)], "caption", "its json does not parse"),
+        ([("0.png", b"I"), ("0.json", b'["a cat"]')], "caption", "its json is a list, no object"),
+        (
+            [("0.png", b"I"), ("0.json", b'{"caption": {"raw": "a"}}')],
+            "caption",
+            "is of type dict; it must be a string",
+        ),
+        ([("0.png", b"I"), ("0.png", b"J"), ("0.txt", b"a cat")], "image", "holds png twice"),
         ([], "shard", "holds no sample"),
     ],
 )
@@ -102,39 +110,62 @@ def test_a_damaged_header_is_not_the_end():
     assert "breaks off" in rows[-1].detail
 
 
-def test_decoding_fills_the_square_with_the_middle():
-    image = np.zeros((20, 60, 3), np.uint8)
-    image[:, 20:40] = (255, 0, 0)
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG")
-    pixels = decode_image(stream.getvalue(), 10)
-    assert pixels.shape == (3, 10, 10)
-    assert pixels[0, 2:-2, 2:-2].min() > 250
-    assert pixels[1:, 2:-2, 2:-2].max() < 5
+@pytest.mark.parametrize("join", ["plain", "gz"])
+def test_archives_joined_to_one_file_are_read_to_the_end(join):
+    parts = [tar_of(samples([index]), compressed=join == "gz") for index in range(3)]
+    assert [row.key for row in read(b"".join(parts))] == ["00000", "00001", "00002"]
+    damaged = bytearray(parts[1] if join == "plain" else tar_of(samples([1])))
+    damaged[0] ^= 255
+    rows = read(tar_of(samples([0])) + damaged)
+    assert (rows[0].key, rows[1].cause, len(rows)) == ("00000", "shard", 2)
+    assert read(parts[0] + b"\0" * 700) == read(parts[0])
 
 
-def test_transparency_is_white_and_grey_is_three_channels():
-    stream = io.BytesIO()
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(stream, "PNG")
-    assert (decode_image(stream.getvalue(), 8) == 255).all()
-    stream = io.BytesIO()
-    Image.new("L", (8, 8), 7).save(stream, "PNG")
-    assert (decode_image(stream.getvalue(), 8) == 7).all()
+def test_a_gz_shard_whose_sum_is_wrong_is_told():
+    data = bytearray(tar_of(samples([0]), compressed=True))
+    data[-8] ^= 255
+    assert "CRC" in read(bytes(data))[-1].detail
 
 
-def test_a_photograph_taken_upright_stays_upright():
-    image = Image.new("RGB", (32, 32), "black")
-    image.paste("white", (0, 0, 32, 16))  # the top
-    exif = Image.Exif()
-    exif[0x0112] = 3  # stored upside down
-    stream = io.BytesIO()
-    image.rotate(180).save(stream, "JPEG", exif=exif, quality=95)
-    pixels = decode_image(stream.getvalue(), 32)
-    assert pixels[:, :12].min() > 200
-    assert pixels[:, 20:].max() < 55
+def test_members_apart_are_one_fault_a_sample_that_says_so():
+    rows = read(tar_of([("a.png", b"A"), ("b.png", b"B"), ("a.txt", b"a"), ("b.txt", b"b")]))
+    assert [(row.key, row.cause) for row in rows] == [("a", "caption"), ("b", "caption")]
+    assert all("sort them by name" in row.detail for row in rows)
+    late = read(tar_of([("a.png", b"A"), ("a.txt", b"a"), *samples([1]), ("a.json", b"{}")]))
+    assert [type(row) for row in late] == [CaptionedImage, CaptionedImage, Fault]
+    assert "its json stands apart" in late[2].detail
 
 
-def test_what_does_not_decode_is_a_value_error():
-    for data in (b"", b"GIF89a", image_bytes(0)[:60], json.dumps({}).encode()):
-        with pytest.raises(ValueError, match="does not decode"):
-            decode_image(data, 16)
+def test_a_name_that_comes_twice_is_two_samples():
+    members = [("a.png", b"A"), ("a.txt", b"one"), ("a.png", b"B"), ("a.txt", b"two")]
+    for repeated in (members, [*members[:2], *samples([1]), *members[2:]]):
+        rows = [row for row in read(tar_of(repeated)) if row.key == "a"]
+        assert [(row.image, row.captions) for row in rows] == [(b"A", ("one",)), (b"B", ("two",))]
+
+
+def test_dots_in_names_cost_a_fault_each_and_endings_with_dots_none():
+    dotted = [(f"22.{index}.{kind}", b"x") for index in range(3) for kind in ("png", "txt")]
+    rows = read(tar_of([*dotted, *samples([1])]))
+    assert [row.key for row in rows] == ["22.0", "22.1", "22.2", "00001"]
+    assert "first dot" in rows[0].detail
+    (row,) = read(tar_of([("a.png", b"A"), ("a.seg.png", b"S"), ("a.txt", b"a"), ("a.cls", b"7")]))
+    assert (row.image, row.captions) == (b"A", ("a",))
+
+
+def test_what_file_managers_leave_is_no_sample():
+    junk = ("._00001.png", ".DS_Store", "__MACOSX/._00001.png", "__MACOSX/a.txt", "Thumbs.db")
+    rows = read(tar_of([(name, b"x") for name in junk] + samples([1])))
+    assert [row.key for row in rows] == ["00001"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])
+def test_a_link_is_a_fault_that_names_it(kind):
+    stream = io.BytesIO(tar_of(samples([0])))
+    with tarfile.open(fileobj=stream, mode="a") as archive:
+        info = tarfile.TarInfo("b.png")
+        info.type, info.linkname = kind, "00000.png"
+        archive.addfile(info)
+        archive.addfile(tarfile.TarInfo("folder.txt"))
+    rows = read(stream.getvalue())
+    assert (rows[1].key, rows[1].cause) == ("b", "image")
+    assert "b.png is a link to 00000.png" in rows[1].detail
