@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+_NO_SIGNAL = 1e-7  # of alphas_cumprod: diffusers puts 0, or 2**-24 where it divides by it
+
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -41,6 +43,30 @@ class LossTerms:
         return {name: float(value.detach()) for name, value in values.items()}
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """That a diffusers scheduler adds noise as diffusion models are trained with, and that its predictions can be used.
+
+    Raises:
+        ValueError: it is one of flow matching or EDM, its prediction type is unknown, or sampling divides by zero.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    kind, squared = getattr(config, "prediction_type", None), getattr(scheduler, "alphas_cumprod", None)
+    if kind is None or squared is None or getattr(config, "use_flow_sigmas", False):
+        raise ValueError(
+            f"the scheduler {name} has no alphas_cumprod and prediction_type to train with (flow matching and EDM have "
+            "another noise): use a model of the Stable Diffusion 1 or 2 kind, with DDIMScheduler say"
+        )
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            f"the scheduler's prediction_type is {kind!r}; it must be 'epsilon', 'v_prediction' or 'sample'"
+        )
+    if kind == "epsilon" and float(squared.min()) < _NO_SIGNAL:
+        raise ValueError(
+            f"the scheduler {name} ends in noise without signal (rescale_betas_zero_snr), from which prediction_type "
+            "'epsilon' makes no image: set rescale_betas_zero_snr to false, or train for 'v_prediction'"
+        )
+
+
 class NoiseSchedule(nn.Module):
     """The forward process of a diffusers scheduler and what its network predicts; a buffer, so it moves with a stage.
 
@@ -52,12 +78,8 @@ class NoiseSchedule(nn.Module):
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__()
+        check_scheduler(scheduler)
         self.prediction_type: str = scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(
-                f"the scheduler's prediction_type is {self.prediction_type!r}; "
-                "it must be 'epsilon', 'v_prediction' or 'sample'"
-            )
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.detach().clone().float(), persistent=False)
 
     def __len__(self) -> int:

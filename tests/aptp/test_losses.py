@@ -3,7 +3,14 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from aptp.losses import (
     LossTerms,
@@ -163,3 +170,19 @@ def test_the_total_is_the_weighted_sum():
     terms = LossTerms({"a": torch.tensor(2.0), "b": torch.tensor(3.0)}, {"b": 0.5}, {"ratio": torch.tensor(0.7)})
     assert terms.total.item() == pytest.approx(3.5)
     assert terms.scalars() == pytest.approx({"a": 2.0, "b": 3.0, "total": 3.5, "ratio": 0.7})
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler has no alphas_cumprod"),
+        (EDMEulerScheduler(), "EDMEulerScheduler has no alphas_cumprod"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), "DPMSolverMultistepScheduler has no alphas_cumprod"),
+        (DDIMScheduler(rescale_betas_zero_snr=True), "DDIMScheduler ends in noise without signal"),
+        (EulerDiscreteScheduler(rescale_betas_zero_snr=True), "EulerDiscreteScheduler ends in noise without signal"),
+    ],
+)
+def test_a_scheduler_whose_noise_or_prediction_cannot_be_used_is_refused(made, message):
+    with pytest.raises(ValueError, match=f"^the scheduler {message}"):
+        NoiseSchedule(made)
+    assert len(NoiseSchedule(DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"))) == 1000
