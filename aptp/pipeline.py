@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL.Image import Image
@@ -97,6 +98,9 @@ class AptpPipeline:
 
         use_teacher: the full UNet makes every image (the routes are given all the same). Other options go to the stock
         pipeline (height, width, guidance_rescale, ...).
+
+        Raises:
+            FloatingPointError: an image is not made of numbers.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -111,17 +115,27 @@ class AptpPipeline:
             for start in range(0, len(rows), batch_size):
                 group = rows[start : start + batch_size]
                 self._stock.unet = self.teacher if use_teacher else self.expert(code)
-                made = self._stock(
+                made = self._generate(
                     [prompts[i] for i in group],
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
                     negative_prompt=None if negative_prompt is None else [negative_prompt] * len(group),
                     generator=[torch.Generator("cpu").manual_seed(seeds[i]) for i in group],
                     **options,
-                ).images
+                )
                 for i, image in zip(group, made, strict=True):
                     images[i] = image
         return AptpOutput(images, routes, seeds)
+
+    def _generate(self, prompts: list[str], output_type: str = "pil", **options: Any) -> Any:
+        """The stock pipeline's images. Its own conversion to a picture makes black of what is no number."""
+        made = self._stock(prompts, output_type="np" if output_type == "pil" else output_type, **options).images
+        finite = np.isfinite(made).all() if isinstance(made, np.ndarray) else torch.isfinite(made).all()
+        if not finite:
+            raise FloatingPointError(
+                f"an image of {prompts} holds numbers that are not finite: try float32, less guidance, other schedulers"
+            )
+        return self._stock.image_processor.numpy_to_pil(made) if output_type == "pil" else made
 
     @staticmethod
     def _seeds(count: int, seeds: Sequence[int] | None, generator: torch.Generator | None) -> tuple[int, ...]:

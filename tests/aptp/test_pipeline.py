@@ -76,3 +76,8 @@ def test_illegal_calls_are_refused(pipe, tmp_path):
     assert bare.teacher is None
     with pytest.raises(ValueError, match="published without its teacher"):
         bare("a cat", use_teacher=True)
+
+
+def test_an_image_without_numbers_is_an_error(pipe):
+    with pytest.raises(FloatingPointError, match=r"a red heart.*not finite"):
+        pipe(PROMPTS[0], seeds=[3], num_inference_steps=3, guidance_scale=1e38)

@@ -43,6 +43,11 @@ def generate(
             generator=[row_generator(held.keys[row]) for row in batch],
             output_type="pt",
         ).images
+        if not images.isfinite().all():
+            raise ValueError(
+                f"evaluate: an image of rows {batch[0]}..{batch[-1]} holds numbers that are not finite: try less "
+                "evaluate.guidance_scale, or another scheduler in the model's folder"
+            )
         found = extractor.images(images * 2 - 1).cpu().numpy()
         for row, image, feature in zip(batch, images, found, strict=True):
             features[row] = feature

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from aptp_platform.serve.cpu.turns import Turns
-from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
+from aptp_platform.serve.engine.denoising import Denoiser, NotFiniteError, Sample, SampleSpec
 
 _SMOOTHING: Final = 0.2  # weight of the newest cycle in the mean cycle time
 
@@ -247,7 +247,11 @@ class StepEngine:
         try:
             outcome.failed = self._admit(handles)
             alive = [(handle, handle.sample) for handle in handles if handle.sample is not None]
-            outcome.due = self._step(alive) if alive else []
+            for handle, preview, image in self._step(alive) if alive else []:
+                if isinstance(image, Exception):
+                    outcome.failed.append((handle, image))
+                else:
+                    outcome.due.append((handle, preview, image))
             outcome.stepped = [handle for handle, _ in alive]
         except Exception as fault:  # what shared this step is lost (out of memory, say), the engine is not
             outcome.failed = [(handle, fault) for handle in handles]
@@ -266,7 +270,9 @@ class StepEngine:
                 handle.sample, handle.started = sample, now
         return failed
 
-    def _step(self, alive: list[tuple[RequestHandle, Sample]]) -> list[tuple[RequestHandle, int | None, Tensor]]:
+    def _step(
+        self, alive: list[tuple[RequestHandle, Sample]]
+    ) -> list[tuple[RequestHandle, int | None, Tensor | NotFiniteError]]:
         """One step for all; the pixels of those that are finished or due for a preview."""
         started = time.monotonic()
         self._denoiser.step([sample for _, sample in alive])

@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from aptp.latents import encode_texts
+from aptp.losses import check_scheduler
 
 _CACHED_TEXTS: Final = 128  # text states kept; the empty negative prompt is nearly always among them
 
@@ -69,7 +70,8 @@ class Sample:
 
     def advance(self, prediction: Float[Tensor, "1 channel height width"]) -> None:
         """One step of the stock scheduler from the UNet's prediction, guidance included."""
-        options = {"generator": self._generator} if _draws_noise(self._scheduler) else {}
+        given = {"generator": self._generator, "eta": 0.0}  # as the stock pipeline gives them
+        options = {name: value for name, value in given.items() if _takes(self._scheduler, name)}
         result = self._scheduler.step(prediction, self.timestep, self.latents, **options)
         self.latents = result.prev_sample
         estimate = getattr(result, "pred_original_sample", None)
@@ -86,6 +88,13 @@ class Sample:
         return due - 1
 
 
+class NotFiniteError(RuntimeError):
+    """A picture whose pixels are infinite or no numbers."""
+
+    def __init__(self, steps_done: int) -> None:
+        super().__init__(f"the picture's numbers are not finite after {steps_done} steps")
+
+
 class Denoiser:
     """A UNet with the frozen parts around it; every method runs on the calling thread and blocks it. All but
     `count_tokens` want to be called on one thread.
@@ -94,6 +103,7 @@ class Denoiser:
     """
 
     def __init__(self, unet: Any, vae: Any, tokenizer: Any, text_encoder: Any, scheduler: Any) -> None:
+        check_scheduler(scheduler)
         self._unet, self._vae, self._scheduler = unet, vae, scheduler
         self._tokenizer, self._text_encoder = tokenizer, text_encoder
         self._counter = copy.deepcopy(tokenizer)  # a call changes a tokenizer, and `count_tokens` comes on any thread
@@ -148,16 +158,18 @@ class Denoiser:
                 sample.advance(predictions[index : index + 1])
 
     @torch.inference_mode()
-    def decode(self, samples: Sequence[Sample]) -> list[UInt8[Tensor, "height width 3"]]:
-        """The samples' images as far as they are, in the given order."""
-        images: dict[int, UInt8[Tensor, "height width 3"]] = {}
+    def decode(self, samples: Sequence[Sample]) -> list[UInt8[Tensor, "height width 3"] | NotFiniteError]:
+        """The samples' images as far as they are, in the given order; an error in the place of one without numbers."""
+        images: dict[int, UInt8[Tensor, "height width 3"] | NotFiniteError] = {}
         config = self._vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         for group in _by_size(samples):
             latents = torch.cat([sample.estimate for sample in group]) / config.scaling_factor + shift
             decoded = self._vae.decode(latents.to(self._vae_dtype)).sample.float()
+            finite = decoded.isfinite().flatten(1).all(1).tolist()  # else uint8 makes a black image of them
             pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8)
-            images.update((id(sample), image) for sample, image in zip(group, pixels, strict=True))
+            for sample, image, shown in zip(group, pixels, finite, strict=True):
+                images[id(sample)] = image if shown else NotFiniteError(sample.steps_done)
         return [images[id(sample)] for sample in samples]
 
     def count_tokens(self, prompt: str) -> int:
@@ -185,5 +197,5 @@ def _by_size(samples: Sequence[Sample]) -> list[list[Sample]]:
     return [list(group) for _, group in groupby(ordered, key=lambda sample: sample.spec.size)]
 
 
-def _draws_noise(scheduler: Any) -> bool:
-    return "generator" in scheduler.step.__code__.co_varnames[: scheduler.step.__code__.co_argcount]
+def _takes(scheduler: Any, option: str) -> bool:
+    return option in scheduler.step.__code__.co_varnames[: scheduler.step.__code__.co_argcount]

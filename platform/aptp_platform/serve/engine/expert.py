@@ -20,7 +20,7 @@ from aptp_platform.serve.args import ExpertArgs
 from aptp_platform.serve.cpu.turns import Turns, turns_if_cheap
 from aptp_platform.serve.engine.batch_size import best_batch_size
 from aptp_platform.serve.engine.batching import EngineFullError, Rendered, RequestHandle, StepEngine, TooLateError
-from aptp_platform.serve.engine.denoising import Denoiser, Sample, SampleSpec
+from aptp_platform.serve.engine.denoising import Denoiser, NotFiniteError, Sample, SampleSpec
 from aptp_platform.serve.engine.images import encode_image
 from aptp_platform.serve.engine.metrics import ExpertMetrics
 from aptp_platform.serve.messages import (
@@ -63,8 +63,8 @@ class Expert:
         """The request's image for one of its seeds, by the release that its choice was made for.
 
         Raises:
-            ApiError: 429 when too many wait already, 503 when this replica is of another release, 504 when the request
-                expired while it waited.
+            ApiError: 429 when too many wait already, 500 when the picture's numbers are not finite, 503 when this
+                replica is of another release, 504 when the request expired while it waited.
         """
         with self._submit(request, seed, release, num_previews=0) as handle, _as_api_error():
             images = [image async for image in handle.images()]
@@ -159,6 +159,8 @@ def _as_api_error() -> Iterator[None]:
     except TooLateError:
         message = "The request waited in the queue until its 'deadline_ms' was over; it was not begun."
         raise ApiError(504, message, code="deadline_exceeded", param="deadline_ms", retry=False) from None
+    except NotFiniteError as error:
+        raise ApiError(500, f"No image was made: {error}.", code="not_finite", retry=False) from None
 
 
 def load_denoiser(release: Release, index: int | None, *, device: str, dtype: torch.dtype) -> Denoiser:

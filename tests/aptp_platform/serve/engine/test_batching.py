@@ -16,11 +16,12 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    TCDScheduler,
 )
 
 from aptp_platform.serve.engine.batch_size import best_batch_size
 from aptp_platform.serve.engine.batching import Cycle, EngineFullError, StepEngine, TooLateError
-from aptp_platform.serve.engine.denoising import Denoiser, SampleSpec
+from aptp_platform.serve.engine.denoising import Denoiser, NotFiniteError, SampleSpec
 from tests.support.tiny_pipeline import build_pipeline
 
 T = TypeVar("T")
@@ -97,6 +98,7 @@ def test_alone_it_is_the_stock_pipeline_s_image(pipeline: Any, denoiser: Denoise
         EulerDiscreteScheduler,
         EulerAncestralDiscreteScheduler,
         PNDMScheduler,
+        TCDScheduler,  # whose own eta is not the stock pipeline's
     ],
 )
 def test_every_stock_scheduler_keeps_its_state_for_each_sample(pipeline: Any, kind: Any) -> None:
@@ -109,6 +111,17 @@ def test_every_stock_scheduler_keeps_its_state_for_each_sample(pipeline: Any, ki
 
     pixels = run(denoiser_of(pipeline, scheduler), use)
     assert distance(pixels, stock_image(pipeline, CAT, scheduler)) <= 1
+
+
+def test_a_picture_without_numbers_is_an_error_and_its_company_s_are_not(pipeline: Any, denoiser: Denoiser) -> None:
+    broken = replace(CAT, guidance_scale=1e38)
+
+    async def use(engine: StepEngine) -> list[Any]:
+        return await asyncio.gather(*(engine.generate(each) for each in (broken, CAT)), return_exceptions=True)
+
+    lost, made = run(denoiser, use)
+    assert isinstance(lost, NotFiniteError)
+    assert distance(made.pixels, stock_image(pipeline, CAT)) <= 1
 
 
 def test_company_and_time_of_joining_change_nothing(pipeline: Any, denoiser: Denoiser) -> None:
