@@ -60,6 +60,8 @@ def check_scheduler(scheduler: Any) -> None:
         raise ValueError(
             f"the scheduler's prediction_type is {kind!r}; it must be 'epsilon', 'v_prediction' or 'sample'"
         )
+    if not bool(((squared >= 0) & (squared <= 1)).all()):
+        raise ValueError(f"the scheduler {name} has an alphas_cumprod that leaves 0..1: its betas must lie in 0..1")
     if kind == "epsilon" and float(squared.min()) < _NO_SIGNAL:
         raise ValueError(
             f"the scheduler {name} ends in noise without signal (rescale_betas_zero_snr), from which prediction_type "

@@ -17,7 +17,10 @@ LIBRARY = [
     "finetuning", "sharing", "release", "pipeline", "metrics", "analysis", "cli",
 ]  # fmt: skip
 PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
-    "": ["storage", "unknown_keys", "config", "config_file", "models", "run", "data", "train", "experts", "serve"],
+    "": [
+        "storage", "unknown_keys", "config", "config_file", "pipeline_folder", "models", "run", "data", "train",
+        "experts", "serve",
+    ],
     "storage": ["errors", "store", "lease"],
     "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
     "data": ["text", "colours", "sample", "formats", "captions", "encoded", "heldout", "encode"],

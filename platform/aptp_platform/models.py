@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import transformers
 from aptp.codes import PruningSpace
 from aptp.sites import Granule, any_order, outermost_first, read_space
 from aptp_platform.config import ModelConfig, SpaceSection, StorageConfig
+from aptp_platform.pipeline_folder import check_folder, load_scheduler, read_json, require_part, weights_variant
 from aptp_platform.storage.store import Store
 
 PACKAGE = "package:"
@@ -60,6 +60,11 @@ def fetch_model(spec: str, storage: StorageConfig) -> Path:
         return _package_folder(spec.removeprefix(PACKAGE))
     store = Store.open(spec, storage)
     if store.is_local:
+        if Path(store.uri).is_file():
+            raise ValueError(
+                f"{spec}: is a file; convert it to a folder: diffusers.StableDiffusionPipeline.from_single_file(FILE)"
+                ".save_pretrained(FOLDER)"
+            )
         if not Path(store.uri).is_dir():
             raise ValueError(f"{spec}: is no folder; name a model folder, a URI or package:NAME")
         return Path(store.uri)
@@ -75,20 +80,21 @@ def fetch_model(spec: str, storage: StorageConfig) -> Path:
 
 
 def check_pipeline(config: ModelConfig, storage: StorageConfig) -> Path:
-    """The pipeline's folder on this machine, sure to hold every part that the run loads from it; nothing is loaded.
+    """The pipeline's folder on this machine, sure to hold every part that the run loads from it; no weight is loaded.
 
     Raises:
-        ValueError: a part is missing; the line names the folder.
+        ValueError: a part is missing or is none that the stages can use; the line names it.
     """
     folder = fetch_model(config.pipeline, storage)
     needed = ["unet", "vae", "scheduler"]
     if config.text_encoder is None:
         needed += ["text_encoder", "tokenizer"]
-    for part in needed:
-        _require_part(folder, part, config.pipeline)
-    for spec in (config.text_encoder, config.prompt_encoder):
-        if spec is not None:
-            fetch_model(spec, storage)
+    check_folder(folder, needed, config.pipeline)
+    if config.text_encoder is not None:
+        weights_variant(fetch_model(config.text_encoder, storage))
+    encoder = fetch_model(config.prompt_encoder, storage)
+    if variant := weights_variant(encoder):  # the library loads it, as it is, for every release
+        raise ValueError(f"{encoder}: holds *.{variant}.safetensors alone; save it again without a variant")
     return folder
 
 
@@ -107,13 +113,12 @@ def load_pipeline_parts(config: ModelConfig, storage: StorageConfig) -> Pipeline
             f"model.text_encoder: {config.text_encoder or config.pipeline}: has states of width {width}, the UNet "
             f"reads {unet.config.cross_attention_dim}: name the text encoder that the UNet was trained with"
         )
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
     return PipelineParts(
         unet=unet,
         vae=_load(diffusers.AutoencoderKL, folder, "vae", config),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        scheduler=getattr(diffusers, scheduler).from_pretrained(folder / "scheduler"),
+        scheduler=load_scheduler(folder),
     )
 
 
@@ -135,12 +140,14 @@ def pruning_space(unet: torch.nn.Module, section: SpaceSection) -> PruningSpace:
 
 def _load_text_encoder(config: ModelConfig, storage: StorageConfig, folder: Path) -> tuple[Any, Any]:
     if config.text_encoder is None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        name = _read_json(folder / "text_encoder" / "config.json").get("architectures", ["AutoModel"])[0]
+        tokenizer = _load_tokenizer(folder / "tokenizer")
+        name = (read_json(folder / "text_encoder" / "config.json").get("architectures") or ["AutoModel"])[0]
+        if not hasattr(transformers, name):
+            raise ValueError(f"{folder / 'text_encoder'}: is a {name}, which transformers does not know; name another")
         model = _load(getattr(transformers, name), folder, "text_encoder", config)
     else:
         own = fetch_model(config.text_encoder, storage)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(own, local_files_only=True)
+        tokenizer = _load_tokenizer(own)
         model = _load(transformers.AutoModel, own, "", config)
         if not model.config.model_type.startswith("clip") and not hasattr(model.config, "use_attention_mask"):
             model.config.use_attention_mask = True  # all but CLIP are trained with their padding masked
@@ -152,11 +159,21 @@ def _load_text_encoder(config: ModelConfig, storage: StorageConfig, folder: Path
     return tokenizer, model
 
 
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers' own loaders raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: holds no tokenizer ({type(error).__name__}: {reason}); save it again") from None
+
+
 def _load(kind: Any, folder: Path, part: str, config: ModelConfig) -> Any:
-    _require_part(folder, part, config.pipeline)
+    if part:
+        require_part(folder, part, config.pipeline)
     options: dict[str, Any] = {"dtype": torch.float32}
     if kind.__module__.startswith("diffusers"):  # which warns at length where `accelerate` is not installed
         options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    options["variant"] = weights_variant(folder / part)
     try:
         model = kind.from_pretrained(folder / part, use_safetensors=True, local_files_only=True, **options)
     except (OSError, RuntimeError, ValueError) as error:
@@ -168,15 +185,6 @@ def _load(kind: Any, folder: Path, part: str, config: ModelConfig) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _require_part(folder: Path, part: str, spec: str) -> None:
-    if not (folder / part).is_dir():
-        there = sorted(path.name for path in folder.iterdir())
-        raise ValueError(
-            f"model.pipeline: {spec}: holds no folder {part}/ (it holds {', '.join(there[:8]) or 'nothing'}); "
-            "name a diffusers pipeline folder, as save_pretrained writes it"
-        )
-
-
 def _package_folder(name: str) -> Path:
     try:
         return Path(importlib.import_module(name).get_model_path())
@@ -184,10 +192,3 @@ def _package_folder(name: str) -> Path:
         raise ValueError(f"{PACKAGE}{name}: that package is not installed: pip install {name}") from None
     except AttributeError:
         raise ValueError(f"{PACKAGE}{name}: has no get_model_path(); name a package that brings a model") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({type(error).__name__}); save the pipeline again") from None

@@ -1,10 +1,12 @@
 """Models come from folders, buckets and packages; what loads is what diffusers loads, what is missing is named."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 
 from aptp_platform.config import ModelConfig, StorageConfig
 from aptp_platform.models import check_pipeline, fetch_model, load_pipeline_parts, load_vae
@@ -99,5 +101,88 @@ def test_pickled_weights_are_not_loaded(folder, tmp_path):
     weights = load_vae(config(folder), LOCAL).state_dict()
     (pickled / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(weights, pickled / "vae" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="does not load as AutoencoderKL from safetensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"vae: holds diffusion_pytorch_model.bin and no safetensors, and pickled weights are not loaded",
+    ):
         load_vae(config(pickled), LOCAL)
+
+
+def test_a_half_precision_variant_is_loaded_where_it_stands_alone(folder, tmp_path):
+    build_pipeline(seed=1).save_pretrained(tmp_path / "one", variant="fp16")
+    parts, stock = load_pipeline_parts(config(tmp_path / "one"), LOCAL), build_pipeline(seed=1)
+    for name in ("unet", "vae", "text_encoder"):
+        for key, tensor in getattr(stock, name).state_dict().items():
+            assert torch.equal(getattr(parts, name).state_dict()[key], tensor.float())
+    both = shutil.copytree(folder, tmp_path / "both")
+    weights = both / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, both / "unet/diffusion_pytorch_model.non_ema.safetensors")
+    check_pipeline(config(both), LOCAL)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"unet: holds the weights .*non_ema.safetensors, of no known variant"):
+        check_pipeline(config(both), LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "NoSuchScheduler"}, "_class_name is 'NoSuchScheduler'; it"),
+        ("scheduler/scheduler_config.json", {"_class_name": None}, "_class_name is None; it must name a scheduler"),
+        ("scheduler/scheduler_config.json", {"_class_name": "UNet2DModel"}, "must name a scheduler of diffusers"),
+        ("scheduler/scheduler_config.json", {"_class_name": "DDIMInverseScheduler"}, "must name a scheduler"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "no such"}, "makes no DDIMScheduler: NotImplemented"),
+        ("scheduler/scheduler_config.json", {"beta_start": 1.5, "beta_end": 1.6}, "alphas_cumprod that leaves"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "scheduler_config.json: the scheduler FlowMatchEulerDiscreteScheduler has no alphas_cumprod",
+        ),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, r"reads more than text \(addition_embed_type\)"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, r"reads more than text \(time_cond_proj_dim\)"),
+        ("unet/config.json", {"in_channels": 9}, "reads 9 channels and writes 4, its autoencoder has 4"),
+        ("unet/config.json", {"_class_name": "UNetMotionModel"}, "unet/ is a UNetMotionModel; it must be a UNet2D"),
+        (
+            "vae/config.json",
+            {"_class_name": "AutoencoderTiny"},
+            "vae/ is a AutoencoderTiny; it must be a AutoencoderKL",
+        ),
+    ],
+)
+def test_a_model_that_no_stage_can_use_is_refused_before_it_is_loaded(part, changes, message, folder, tmp_path):
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    (changed / part).write_text(json.dumps({**json.loads((changed / part).read_text()), **changes}))
+    with pytest.raises(ValueError, match=message):
+        check_pipeline(config(changed), LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "refused"),
+    [
+        ("pytorch_lora_weights.safetensors", "unet.down_blocks.0.to_q.lora.down.weight", True),
+        ("style.safetensors", "lora_unet_down_blocks_0_attn_to_q.lora_down.weight", True),
+        ("unet/adapter_model.safetensors", "base_model.model.to_q.lora_A.default.weight", True),
+        ("unet/diffusion_pytorch_model.safetensors", "to_q.lora_A.default.weight", True),
+        ("v1-5-pruned.safetensors", "model.diffusion_model.input_blocks.0.0.weight", False),
+    ],
+)
+def test_lora_weights_are_refused_and_never_ignored(name, key, refused, folder, tmp_path):
+    beside = shutil.copytree(folder, tmp_path / "beside")
+    save_file({key: torch.zeros(2)}, beside / name)
+    if not refused:
+        check_pipeline(config(beside), LOCAL)
+        return
+    with pytest.raises(ValueError, match=r"holds LoRA weights; no stage applies them: fuse them with the scale"):
+        check_pipeline(config(beside), LOCAL)
+
+
+def test_single_files_and_files_that_are_not_whole_are_named(folder, tmp_path):
+    single = tmp_path / "v1-5.safetensors"
+    single.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"v1-5.safetensors: is a file; convert it to a folder"):
+        check_pipeline(config(single), LOCAL)
+    with pytest.raises(ValueError, match=r"holds no folder unet/ .*; convert the file v1-5.safetensors"):
+        check_pipeline(config(tmp_path), LOCAL)
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    (cut / "vae/diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors: is no whole safetensors file"):
+        check_pipeline(config(cut), LOCAL)
