@@ -275,7 +275,7 @@ BUILDERS = (tar_from, parquet_from, jsonl_from, tsv_from, coco_from)
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(rows=st.lists(st.tuples(st.booleans(), CAPTIONS), min_size=1, max_size=6))
 def test_every_row_that_goes_in_is_one_row_or_one_fault(build, rows):
     found = read_made(*build(rows))
@@ -289,7 +289,7 @@ def test_every_row_that_goes_in_is_one_row_or_one_fault(build, rows):
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     changes=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4), st.integers(0, 4)), max_size=4),
     end=st.floats(0, 1),
