@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 READER_CPUS = 0.1  # must differ from the actors' CPU request: Ray Data fuses operators with equal resources
 PROBED_ROWS = 8
+LONGEST_DETAIL = 500  # characters: errors quote names and text that may be of any length
 GROUP_ROWS = 64  # rows that leave a reader together ...
 GROUP_BYTES = 16 << 20  # ... or fewer, if their images are large
 
@@ -189,7 +190,7 @@ def _read_whole(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
 
 def _row(sample: CaptionedImage | Fault, max_captions: int | None) -> dict[str, object]:
     if isinstance(sample, Fault):
-        detail = printable(sample.detail)
+        detail = printable(sample.detail)[:LONGEST_DETAIL]
         given = {"image": b"", "captions": [], "tags": "{}", "fault": sample.cause, "detail": detail}
     else:
         tags = json.dumps(sample.tags)

@@ -117,8 +117,8 @@ class _Sample:
             self._wrong = f"holds {ending} twice before it is whole; {_SORT}"
         elif not member.isfile():
             self._wrong = (
-                f"{member.name} is a link to {member.linkname}, which a shard read forwards cannot follow: archive it "
-                "with tar --dereference --hard-dereference"
+                f"{member.name} is a link to {member.linkname or 'a device'}, which a shard read forwards cannot "
+                "follow: archive it with tar --dereference --hard-dereference"
             )
         elif member.size > LARGEST_IMAGE:
             self._wrong = f"{member.name} has {member.size} bytes; a member has at most {LARGEST_IMAGE}"
