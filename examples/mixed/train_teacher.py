@@ -1,4 +1,4 @@
-"""Train the teacher of the mixed data set, on two cores in a quarter of an hour, or continue where it stopped.
+"""Train the teacher of the mixed data set, on two cores, or continue where it stopped.
 
     OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 -m examples.mixed.train_teacher
 
@@ -16,7 +16,7 @@ from examples.emoji.training.denoiser import DenoiserConfig
 from examples.emoji.training.teacher import TeacherConfig, train_teacher
 from examples.emoji.training.workers import join_workers
 
-DENOISER = DenoiserConfig(channels=(32, 64, 64, 64), heads=(2, 4, 4, 4), images=160_000)
+DENOISER = DenoiserConfig(channels=(32, 64, 64, 64), heads=(2, 4, 4, 4), images=100_000)
 
 
 def main() -> None:

@@ -276,7 +276,7 @@ def test_at_convergence_a_unit_of_cost_saves_every_code_the_same_loss(unet, spac
         loss = need[batch.rows % len(needs)] * torch.exp(-slope * table.ratio(mask))
         return {"denoising": loss.mean()}, loss.detach(), loss.detach(), noise.uniform(use="timesteps")
 
-    stage._denoise = known  # type: ignore[method-assign]
+    stage._denoise = known
     optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.03, weight_decay=0.0)
     for step in range(220):
         for group in optimizer.param_groups:
