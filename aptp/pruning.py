@@ -44,16 +44,14 @@ from aptp.losses import (
 from aptp.need import NeedMemory, Observations
 from aptp.noise import Noise, sample_noise
 from aptp.objectives import PruningConfig
+from aptp.price import Price
 from aptp.router import Router
 from aptp.routes import code_usage
 from aptp.transport import Transport, assign
 
 _FIRST_EXPLORATION: Final = 0.5  # the share of prompts that are only measured until the need head can be solved for
-_NEAR: Final = 0.1  # of the budget: a price that grew with all of the distance would grow while gates cannot move yet
 _DRAWS: Final = 8  # of noise, that the codes' sizes are averaged over when they part
 _FOLLOW: Final = 0.5  # a threshold moves by this for each unit of cost that a code is cut smaller than it is trained
-_FIRST_PRICE: Final = 5.0
-_LEAST_PRICE: Final = 0.5  # for routing; where the budget binds, prices are near 10
 
 
 class PruningStage(nn.Module):
@@ -63,9 +61,6 @@ class PruningStage(nn.Module):
     """
 
     usage: Tensor
-    price: Tensor
-    slope: Tensor
-    exchange: Tensor
 
     def __init__(
         self,
@@ -91,10 +86,7 @@ class PruningStage(nn.Module):
             router.need.reserve(router.config.need.memory)
             self.memory = NeedMemory(router.config.embedding_dim, router.config.need.memory)
         self.register_buffer("usage", torch.full((router.num_codes,), 1 / router.num_codes))
-        self.register_buffer("price", torch.tensor(_FIRST_PRICE))  # of a unit of cost, in units of what pruning adds
-        self.register_buffer("slope", torch.zeros(()))  # of the predicted losses over the codes' costs, downwards
-        # Moving averages of what pruning adds to the objective, in size, and of the error that the need head predicts.
-        self.register_buffer("exchange", torch.zeros(2))
+        self.price = Price(config)
 
     def train(self, mode: bool = True) -> "PruningStage":
         """The frozen UNet stays in evaluation mode."""
@@ -127,7 +119,8 @@ class PruningStage(nn.Module):
         sampled_prompts = router.gates(logits, noise.gumbel(logits.shape[1], use="prompts"))
         free_prompts = router.gates(logits)
         code_ratios, sampled_ratios = self.table.ratio(router.harden(free_codes)), self.table.ratio(sampled_codes)
-        self._set_price(code_ratios.detach())
+        router.costs.copy_(code_ratios.detach())
+        router.price.copy_(self.price.of_routing)
 
         noisy = config.assignment_noise
         ours = router.features(sampled_prompts if noisy else free_prompts)
@@ -184,7 +177,7 @@ class PruningStage(nn.Module):
                 "ratio": ratio.detach(),
                 "code_ratios": code_ratios.detach(),
                 "usage": self.usage.clone(),
-                "price": self.price.clone(),
+                "price": self.price.multiplier.clone(),
                 "transport_usage": code_usage(transport.indices, router.num_codes),
                 "trained": code_usage(assigned, router.num_codes),
                 "agreement": (routed.indices == assigned).float().mean(),
@@ -222,23 +215,6 @@ class PruningStage(nn.Module):
         """Codes are cut at the sizes that they are trained at: `ahead` is how much larger the sampled gates are."""
         self.router.widening.add_(_FOLLOW * ahead)
 
-    def _set_price(self, ratios: Float[Tensor, " code"]) -> None:
-        """To the router a unit of cost is worth what the codes' predicted losses fall by; until that is known, what the
-        objective pays."""
-        # Cost is never free: where the budget does not bind, what gains next to nothing still goes to the cheaper code.
-        known = self.slope > 0
-        self.router.price.copy_(torch.where(known, self.slope, self.price.clamp_min(_LEAST_PRICE) * self.exchange[1]))
-        self.router.costs.copy_(ratios)
-
-    def _measure_slope(self, losses: Float[Tensor, " code"]) -> None:
-        """How much less the codes lose on average prompts for a unit of cost: what a unit is worth to the router."""
-        costs = self.router.costs - self.router.costs.mean()
-        spread = costs.square().sum()
-        slope = (-(costs * losses).sum() / spread.clamp_min(1e-12)).clamp_min(0)
-        known = spread > 1e-6
-        first = self.slope == 0
-        self.slope.lerp_(slope, torch.where(known, torch.where(first, 1.0, 1 - self.config.usage_decay), 0.0))
-
     @torch.no_grad()
     def _assign(
         self,
@@ -256,9 +232,10 @@ class PruningStage(nn.Module):
         everyone = gather(scores)
         unit = scores.new_ones(())
         if losses is not None:  # in units in which `balance` and `transport_epsilon` mean the same all along
-            unit = gather(losses).mean().clamp_min(1e-12)
+            predicted = gather(losses).mean(0)
+            unit = predicted.mean().clamp_min(1e-12)
             if parted:
-                self._measure_slope(gather(losses).mean(0))
+                self.price.measure(router.costs, predicted)
             scores, everyone = scores / unit, everyone / unit
         transport = assign(
             everyone,
@@ -291,9 +268,7 @@ class PruningStage(nn.Module):
         gather: Gather,
     ) -> None:
         """What this step has measured: of the codes' errors, and of their price in the objective."""
-        measured = gather(torch.stack([added.abs(), errors], 1)).mean(0)
-        first = (self.exchange == 0).all()
-        self.exchange.lerp_(measured, torch.where(first, 1.0, 1 - self.config.usage_decay))
+        self.price.observe(*gather(torch.stack([added, errors], 1)).unbind(1))
         if self.memory is None or self.router.need is None or explored is None:
             return
         (rows,) = torch.nonzero(gather(explored), as_tuple=True)
@@ -307,11 +282,7 @@ class PruningStage(nn.Module):
         config = self.config
         if config.resource == "log":
             return resource_loss(ratio, config.budget)
-        over = ratio.detach() - config.budget
-        paid = (self.price + config.price_gain * over).clamp_min(0)
-        most = _NEAR * config.budget
-        self.price.add_(config.price_rate * over.clamp(-most, most)).clamp_(min=0)
-        return paid * self.exchange[0] * ratio
+        return self.price.of_size(ratio)
 
     def _denoise(
         self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone

@@ -302,7 +302,7 @@ def test_one_code_is_the_single_code_method(unet, space, table, routing):
     for step in range(3):  # the need head has enough, rows are explored
         found = run(stage, batch, step)
     stage.router.zero_grad()
-    price, noise = stage.price.clone(), Noise(0, 3, batch.rows)
+    price, noise = stage.price.multiplier.clone(), Noise(0, 3, batch.rows)
     as_cut = table.ratio(stage.router.harden(stage.router.code_gates(stage.router.codes)))[0].detach()
     found = run(stage, batch, 3)
     found.total.backward()
@@ -310,7 +310,7 @@ def test_one_code_is_the_single_code_method(unet, space, table, routing):
     assert found.metrics["trained"].tolist() == [1.0]
     assert found.terms["pull"] == 0
 
-    stage.price.copy_(price)
+    stage.price.multiplier.copy_(price)
     gumbel = noise.of(torch.arange(1)).gumbel(stage.router.codes.shape[1], use="codes")
     sampled = stage.router.code_gates(stage.router.codes, gumbel)
     terms, *_ = stage._denoise(batch, sampled.expand(len(batch.latents), -1), noise)
