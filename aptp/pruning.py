@@ -22,6 +22,7 @@ that of the global batch. A row's noise depends on the row and the step, a code'
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -148,15 +149,19 @@ class PruningStage(nn.Module):
             ratios = gather(self.table.ratio(router.harden(free_prompts)))
             shares = torch.ones_like(ratios)
         elif config.resource == "price":
-            # The value is that of the codes as they will be cut. The gradient passes through the sampled gates, as the
-            # task's does, so that a code weighs both alike.
             self._follow(sampled_ratios.detach() - code_ratios.detach())
-            ratios, shares = code_ratios.detach() + sampled_ratios - sampled_ratios.detach(), self.usage.clone()
+            ratios, shares = code_ratios.detach(), self.usage.clone()
         else:
             # Half the weight is the transport's equal share: a code that inference does not use yet would otherwise
             # have no budget, drift away from the others, and stay unused.
             ratios, shares = code_ratios, (self.usage + 1 / router.num_codes) / 2
         ratio = (shares * ratios).sum() / shares.sum()
+        if config.resource == "price" and not alone_gates:
+            # The value is what prompts cost as they are routed and cut. The gradient is of the sampled gates of the
+            # rows that train a code, as the task's is, so that a code feels both alike.
+            trains = F.one_hot(assigned, router.num_codes) * (1.0 if explored is None else (~explored)[:, None].float())
+            felt = (gather(trains.float()).mean(0) * sampled_ratios).sum()
+            ratio = ratio + felt - felt.detach()
         terms["resource"] = self._pay(ratio)
         terms["spread"] = -spread(ratios, shares)
         terms["largest"] = 1 - ratios.max()
