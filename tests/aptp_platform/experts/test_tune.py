@@ -178,8 +178,8 @@ def test_a_sweep_with_a_trial_that_fails_and_a_second_start(
     with pytest.raises(ConfigError, match=r"^tune.budgets: 0\.05: this UNet cannot be pruned below [^\n]*$"):
         tune(config)
 
-    # Two merged codes pass, but the second trial's codes have too few prompts by far.
-    search = {"assign.min_prompts": [1, 999]}
+    # No cluster here has room for the second trial's worker.
+    search = {"prune.run.cpus_per_worker": [0.5, 64.0]}
     config = replace(config, tune=replace(config.tune, budgets=(0.8,), trials=2, rows=16, search=search))
     summary = tune(config)
     assert {state: summary[state] for state in ("finished", "stopped", "failed")} == {
@@ -188,14 +188,14 @@ def test_a_sweep_with_a_trial_that_fails_and_a_second_start(
     folder = Path(config.root) / "tune"
     results = json.loads((folder / "results.json").read_text())
     found, failed = results["trials"]
-    assert failed["reason"].startswith("assign.min_prompts: 999: code 0 has ")
+    assert failed["reason"].startswith("prune.run.workers: 1: with prune.run.cpus_per_worker 64 they need 64 CPU")
     assert found["cost_ratio"] == pytest.approx(0.8, abs=0.05)
     (last,) = [point for point in found["curves"]["prune"] if point["step"] == 4]
     assert last["rows"] == 16
     assert not (Path(config.root) / "pruned").exists()
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
     chosen = load_config(folder / "chosen.yaml")
-    assert (chosen.root, chosen.router.num_codes, chosen.assign.min_prompts) == (config.root, 2, 1)
+    assert (chosen.root, chosen.router.num_codes, chosen.prune.run.cpus_per_worker) == (config.root, 2, 0.5)
     assert "outside of its trials" in capfd.readouterr().out
 
     expert = folder / found["name"] / "cut" / "00" / "code.json"

@@ -96,9 +96,8 @@ def test_prompts_that_would_wait_too_long_at_their_code_are_served_by_a_larger_n
     assert went == {("routed", f"code-{small:02d}"), ("overflow", f"code-{1 - small:02d}")}
 
 
-@pytest.mark.parametrize("name", ["Expert-00", "Router"])
-def test_a_replica_that_is_killed_under_load_costs_nobody_an_image(
-    url: str, http: httpx.Client, library: AptpPipeline, name: str
+def test_replicas_that_are_killed_under_load_cost_nobody_an_image(
+    url: str, http: httpx.Client, library: AptpPipeline
 ) -> None:
     prompt = next(
         each for each in PROMPTS if not library.router.route([each]).indices[0]
@@ -107,10 +106,11 @@ def test_a_replica_that_is_killed_under_load_costs_nobody_an_image(
     wanted = library([prompt] * 2, num_inference_steps=60, guidance_scale=GUIDANCE, seeds=[0, 1]).images
 
     def kill() -> None:
-        while load.running(url) < 6:
-            time.sleep(0.02)
-        (process,) = load.replicas(name)
-        process.kill()
+        for name in ("Expert-00", "Router"):
+            while load.running(url) < 6:
+                time.sleep(0.02)
+            (process,) = load.replicas(name)
+            process.kill()
 
     for asked, answer in load.during(url, [{**body, "seed": seed} for seed in (0, 1)], kill, at_once=6, after_s=0):
         assert answer.status_code == 200, answer.text
