@@ -18,9 +18,7 @@ from aptp.objectives import PruningConfig
 
 _NEAR: Final = 0.1  # of the budget: a price that grew with all of the distance would grow while gates cannot move yet
 _FIRST: Final = 5.0  # where the budget binds, prices are near 10
-_LEAST: Final = (
-    0.5  # for routing: where the budget does not bind, what gains next to nothing still goes to the cheaper code
-)
+_LEAST: Final = 0.5  # for routing: where the budget does not bind, what gains next to nothing goes to the cheaper code
 
 
 class Price(nn.Module):

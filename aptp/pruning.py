@@ -9,8 +9,7 @@
 The last two lines are dual ascent: where they rest, the routed prompts cost the budget and each code's loss falls by
 the same price per unit of cost, so that capacity stands where it is needed. For that, a code feels task and price
 through the same sampled gates, and is cut at the size that it is trained at. To the router a unit of cost is worth what
-the codes' predicted losses fall by. The paper's Algorithm 1 is `paper()` of the
-router's and the objective's configs.
+the codes' predicted losses fall by. The paper's Algorithm 1 is `paper()` of the router's and the objective's configs.
 
 The UNet is the teacher and the student: one set of weights, no gradient to any of them. The module is single-device
 code. Across workers `gather` joins rows (W workers, each (B, ...), give (W B, ...)); its backward must sum over the
@@ -150,7 +149,7 @@ class PruningStage(nn.Module):
             shares = torch.ones_like(ratios)
         elif config.resource == "price":
             self._follow(sampled_ratios.detach() - code_ratios.detach())
-            ratios, shares = code_ratios.detach(), self.usage.clone()
+            ratios, shares = code_ratios, self.usage.clone()
         else:
             # Half the weight is the transport's equal share: a code that inference does not use yet would otherwise
             # have no budget, drift away from the others, and stay unused.
@@ -159,9 +158,11 @@ class PruningStage(nn.Module):
         if config.resource == "price" and not alone_gates:
             # The value is what prompts cost as they are routed and cut. The gradient is of the sampled gates of the
             # rows that train a code, as the task's is, so that a code feels both alike.
-            trains = F.one_hot(assigned, router.num_codes) * (1.0 if explored is None else (~explored)[:, None].float())
-            felt = (gather(trains.float()).mean(0) * sampled_ratios).sum()
-            ratio = ratio + felt - felt.detach()
+            trains = F.one_hot(assigned, router.num_codes).float()
+            if explored is not None:
+                trains = trains * ~explored[:, None]
+            felt = (gather(trains).mean(0) * sampled_ratios).sum()
+            ratio = ratio.detach() + felt - felt.detach()
         terms["resource"] = self._pay(ratio)
         terms["spread"] = -spread(ratios, shares)
         terms["largest"] = 1 - ratios.max()

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aptp.baselines import magnitude_code, random_code, uniform_code
@@ -20,13 +19,9 @@ from aptp.need import NeedConfig
 from aptp.noise import Noise, sample_noise
 from aptp.objectives import PruningConfig
 from aptp.pruning import PruningStage
-from aptp.router import Router
-from aptp.routes import RouterConfig
 from aptp.sites import read_space
 from tests.support import tiny
-
-SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
-STEADY = PruningConfig(budget=0.6, warmup_steps=0)
+from tests.support.tiny_stage import SCHEDULER, STEADY, a_batch, a_stage, run
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +39,6 @@ def table(unet, space) -> CostTable:
     return cost_table(unet, space, (8, 8), 5)
 
 
-def a_stage(unet, space, table, config: PruningConfig = STEADY, seed: int = 0, **router) -> PruningStage:
-    options = replace(RouterConfig(3, 16), **router)
-    made = Router(space, options, generator=torch.Generator().manual_seed(seed))
-    return PruningStage(unet, space, table, made, SCHEDULER, config)
-
-
-def a_batch(count: int = 8, seed: int = 0) -> Batch:
-    noise = torch.Generator().manual_seed(seed)
-    shapes = ((count, 4, 8, 8), (count, 5, 24), (count, 16))
-    latents, texts, embeddings = (torch.randn(shape, generator=noise) for shape in shapes)
-    return Batch(latents, texts, embeddings, torch.arange(count))
-
-
-def run(stage: PruningStage, batch: Batch, step: int = 0, **options):
-    return stage(batch, noise=Noise(0, step, batch.rows), **options)
-
-
 def train(stage: PruningStage, steps: range, optimizer, batch: Batch) -> list[float]:
     ratios = []
     for step in steps:
@@ -70,6 +48,15 @@ def train(stage: PruningStage, steps: range, optimizer, batch: Batch) -> list[fl
         optimizer.step()
         ratios.append(float(loss.metrics["ratio"]))
     return ratios
+
+
+@pytest.mark.parametrize("resource", ["price", "log"])
+def test_what_sizes_are_worth_beside_their_price_reaches_them(unet, space, table, resource):
+    stage = a_stage(unet, space, table, replace(STEADY, resource=resource))
+    found = run(stage, a_batch())
+    for name in ("spread", "largest"):
+        (gradient,) = torch.autograd.grad(found.terms[name], [stage.router.codes], retain_graph=True)
+        assert gradient.abs().max() > 0, name
 
 
 def test_every_gate_of_a_used_code_gets_a_task_gradient_and_the_unet_none(unet, space, table):
@@ -253,46 +240,6 @@ def test_capacity_goes_to_the_prompts_that_need_it(unet, space, table, seed, aga
     needy, needless = found["by kind"][::2], found["by kind"][1::2]
     assert (needless < found["costs"].min() + 0.02).all(), found
     assert needy.mean() > 0.62, found
-
-
-@pytest.mark.parametrize(("needs", "slope", "budget"), [((1.0, 4.0), 12.0, 0.4), ((1.0, 1.5, 3.0, 5.0), 8.0, 0.6)])
-def test_at_convergence_a_unit_of_cost_saves_every_code_the_same_loss(unet, space, table, needs, slope, budget):
-    """The loss is need exp(-slope cost): each kind of prompt has its code, and costs differ by ln(need) / slope."""
-    need = torch.tensor(needs)
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(len(needs), 16, generator=generator)
-
-    def draw(count: int) -> Batch:
-        kind = torch.arange(count) % len(needs)
-        seen = centres[kind] + 0.05 * torch.randn(count, 16, generator=generator)
-        ids = torch.randint(2**40, (count,), generator=generator) * len(needs) + kind
-        return Batch(torch.zeros(count, 4, 8, 8), torch.zeros(count, 5, 24), seen, ids)
-
-    config = PruningConfig(budget=budget, warmup_steps=60, exploration=0.2, feature_weight=0.0)
-    head = NeedConfig(length=0.5, noise=0.3, memory=360, enough=96)
-    stage = a_stage(unet, space, table, config, num_codes=len(needs), need=head)
-
-    def known(batch, mask, noise, gather):
-        loss = need[batch.rows % len(needs)] * torch.exp(-slope * table.ratio(mask))
-        return {"denoising": loss.mean()}, loss.detach(), loss.detach(), noise.uniform(use="timesteps")
-
-    stage._denoise = known
-    optimizer = torch.optim.AdamW(stage.router.parameters(), lr=0.03, weight_decay=0.0)
-    for step in range(220):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.03 * min(1.0, (220 - step) / 66)  # so that it comes to rest
-        optimizer.zero_grad()
-        run(stage, draw(12), step).total.backward()
-        optimizer.step()
-    fresh = draw(240)
-    calibrate_budget(stage.router, fresh.embeddings, table, budget, tolerance=0.03, balance=config.balance)
-    costs = stage.router.costs[stage.router.route_embeddings(fresh.embeddings).indices]
-    saved = (
-        slope * need * torch.exp(-slope * torch.stack([costs[kind :: len(needs)].mean() for kind in range(len(needs))]))
-    )
-    assert saved.max() / saved.min() < 1.4, saved
-    alike = slope * need * torch.exp(torch.tensor(-slope * budget))
-    assert alike.max() / alike.min() > 3.9, "with codes of one size it would differ as the needs do"
 
 
 @pytest.mark.parametrize("routing", ["need", "similarity"])
