@@ -26,15 +26,13 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobSubmissionClient
 
 from aptp_platform.run import keeper
+from aptp_platform.run.job import LOOPBACK
 
 _MARK = "APTP_CLUSTER"
 ONE_MACHINE = {
     "RAY_worker_niceness": "0",  # Ray lowers its workers' priority; beside any busy process they would hardly run
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # at its default of 0.1 the controller takes a twentieth of a core
 }
-# Without this `ray start` replaces --node-ip-address=127.0.0.1 by the machine's address, and listens there. The
-# variable is named after the systems where it is the default; it works on every system.
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # These name another cluster or another token, and Ray prefers them to its arguments.
 _ANOTHER_CLUSTER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_AUTH_TOKEN")
 _HOSTS = "127.0.0.1,localhost"  # never through a proxy
@@ -195,7 +193,7 @@ class LocalCluster:
 
     def _environment(self, token: Path) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in _ANOTHER_CLUSTER}
-        environment |= ONE_MACHINE | _LOOPBACK | {_MARK: self._mark}
+        environment |= ONE_MACHINE | LOOPBACK | {_MARK: self._mark}
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         # Jobs look `python` up on the PATH of the node that runs them: it must be this environment's.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

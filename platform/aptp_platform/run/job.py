@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import ray
 
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.config_file import load_config, places
+from aptp_platform.config_file import load_config, places, with_absolute_places
 from aptp_platform.run.path import reach_places, run_stage
 
+# Without this a Ray head listens at the machine's address, whatever address it is given. The variable is named after
+# the systems where it is the default; it works on every system.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _COPIES = "working_dir_files"  # of a Ray session: where a submitted job finds the copy of its working directory
 
 
@@ -33,13 +37,28 @@ def run_function(
     try:
         config = load_config(args.config, args.set)
         require_lasting(config, Path.cwd())
+        config = with_absolute_places(config)  # so that a place is the same however it is written
         reach_places(config)
         # Without an address this is no submitted job: start a cluster of our own rather than join any other.
-        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, logging_level=logging.WARNING)
+        address = os.environ.get("RAY_ADDRESS", "local")
+        if address == "local" and not ray.is_initialized():
+            _require_shielded()
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         function(config)
     except (ValueError, ray.exceptions.OutOfDiskError) as error:
         print(f"error: {cause_of(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _require_shielded() -> None:
+    """Ray's ports take orders from this machine alone, and with a token. Ray reads both from the environment when it is
+    imported, so a script that was started without them starts once more."""
+    wanted = LOOPBACK | {"RAY_AUTH_MODE": "token"}
+    if all(os.environ.get(name) == value for name, value in wanted.items()) and "RAY_AUTH_TOKEN" in os.environ:
+        return
+    os.environ.update(wanted, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    sys.stdout.flush()
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def require_lasting(config: RunConfig, folder: Path) -> None:

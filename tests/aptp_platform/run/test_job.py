@@ -1,5 +1,8 @@
 """A job that runs in a copy of the working directory takes no place that is relative to it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,39 @@ def test_a_relative_place_is_refused_in_a_submitted_job_alone(field: str) -> Non
     require_lasting(relative, ROOT)
     with pytest.raises(ConfigError, match=rf"^{field}: some/folder: is relative.*--set {field}=s3://bucket/key$"):
         require_lasting(relative, COPY)
+
+
+ALONE = """
+import os, psutil, ray
+from aptp_platform.run.job import run_function
+def look(config):
+    print("PLACE", config.root)
+    print("MODE", os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"]))
+    for process in psutil.Process().children(recursive=True):
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                print("LISTENS", connection.laddr.ip)
+run_function(look, "", ["--config", "jobs/configs/demo.yaml"])
+"""
+
+
+def test_a_script_that_is_started_directly_listens_to_this_machine_alone_and_wants_a_token() -> None:
+    theirs = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    environment = {name: value for name, value in os.environ.items() if name not in theirs}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    said = [line.split(" ", 1) for line in run.stdout.splitlines() if line.startswith(("PLACE", "MODE", "LISTENS"))]
+    assert ["PLACE", str(ROOT / "runs/demo")] in said
+    assert ["MODE", "token 64"] in said
+    heard = {address for name, address in said if name == "LISTENS"}
+    assert heard
+    assert heard <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
