@@ -154,7 +154,7 @@ def _is_about_the_name(error: StoreError, images: Store) -> bool:
 
 
 def _lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
-    """Lines that are not blank, without a byte order mark."""
+    """The lines of a listing, without a byte order mark."""
     start = stream.readline()
     encoding = marked_encoding(start)
     if encoding not in (None, "utf-8-sig"):
