@@ -21,7 +21,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
         "storage", "unknown_keys", "config", "config_file", "pipeline_folder", "models", "run", "data", "train",
         "experts", "serve",
     ],
-    "storage": ["errors", "store", "lease"],
+    "storage": ["errors", "walk", "store", "lease"],
     "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
     "data": ["text", "colours", "sample", "formats", "captions", "encoded", "heldout", "encode"],
     "data/formats": ["tar", "parquet", "listing"],

@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
@@ -22,7 +22,8 @@ FAULTS: tuple[Fault, ...] = ("503", "reset", "stall")
 class FaultProxy(ThreadingHTTPServer):
     """Passes requests on, but for those that meet a fault: all while `fault` is set, and `every` so-manieth one.
 
-    `hits` counts what went wrong. A stalled request is never answered.
+    `hits` counts what went wrong. A stalled request is never answered. `refuse` names, for a method and a path, a status
+    to answer with, or none; `headers` go with it.
     """
 
     daemon_threads = True
@@ -35,6 +36,8 @@ class FaultProxy(ThreadingHTTPServer):
         self.every = 0  # none
         self.requests = itertools.count(1)
         self.hits: Counter[str] = Counter()
+        self.refuse: Callable[[str, str], int | None] = lambda method, path: None
+        self.headers: dict[str, str] = {}
         self.over = threading.Event()
 
     def next_fault(self) -> Fault | None:
@@ -53,6 +56,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self._body()
+        if (status := self.server.refuse(self.command, self.path)) is not None:
+            self.server.hits[str(status)] += 1
+            self.send_response(status)
+            for name, value in {"Content-Length": "0", **self.server.headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            return
         fault = self.server.next_fault()
         if fault is not None:
             self.server.hits[fault] += 1

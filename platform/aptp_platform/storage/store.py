@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import builtins
 import errno
-import fnmatch
 import hashlib
 import io
 import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -29,6 +28,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from pydantic import Field
 
 from aptp_platform.storage.errors import GuardedFile, MissingError, StoreError
+from aptp_platform.storage.walk import FileInfo, files_in_bucket, files_on_disk
 
 MARKERS = ("release.json",)
 _SCHEMES = ("s3", "gs")
@@ -117,7 +117,19 @@ class Store:
 
         An absent folder has no files.
         """
-        return sorted(self._sizes(pattern))
+        return sorted(self.files(pattern))
+
+    def files(self, *patterns: str) -> dict[str, FileInfo]:
+        """As `list`, with sizes and versions, for several globs in one listing.
+
+        Raises:
+            StoreError: the folder, or one in it that may hold a match, cannot be listed.
+        """
+        path = self._path("")
+        with self._translate_errors(""):
+            if self.is_local:
+                return files_on_disk(path, patterns)
+            return files_in_bucket(self._fs, path, patterns)
 
     def require(self, pattern: str, fix: str) -> builtins.list[str]:
         """As `list`, but at least one.
@@ -140,11 +152,7 @@ class Store:
 
     def fingerprint(self, pattern: str = "**") -> str:
         """A sha256 over the names, sizes and versions (ETag, or time of change) of the files that match."""
-        digest = hashlib.sha256()
-        for name, info in sorted(self._infos(pattern).items()):
-            version = info.get("ETag") or info.get("etag") or info.get("mtime") or ""
-            digest.update(json.dumps([name, info["size"], str(version)]).encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.files(pattern))
 
     @contextmanager
     def open_file(self, name: str, mode: Literal["rb", "wb"] = "rb") -> Iterator[IO[bytes]]:
@@ -301,20 +309,6 @@ class Store:
     def _show(self, name: str) -> str:
         return f"{self.uri}/{name}" if name else self.uri
 
-    def _sizes(self, pattern: str) -> dict[str, int]:
-        return {name: int(info["size"]) for name, info in self._infos(pattern).items()}
-
-    def _infos(self, pattern: str) -> dict[str, dict[str, Any]]:
-        path = self._path("")
-        depth = None if "**" in pattern else pattern.count("/") + 1
-        with self._translate_errors(""):
-            try:
-                found = self._fs.find(path, maxdepth=depth, detail=True)
-            except FileNotFoundError:
-                return {}
-        names = {file[len(path) :].lstrip("/"): info for file, info in found.items()}
-        return {name: info for name, info in names.items() if name and _matches(name, pattern)}
-
     @contextmanager
     def _translate_errors(self, name: str) -> Iterator[None]:
         """Turn what fsspec and botocore raise into one line."""
@@ -360,12 +354,12 @@ def _put_in_place(source: Path, target: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("/"), pattern.split("/")
-    if wanted[0] == "**":
-        wanted = wanted[1:] or ["*"]
-        parts = parts[len(parts) - len(wanted) :]
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+def fingerprint_of(files: Mapping[str, FileInfo]) -> str:
+    """A sha256 over names, sizes and versions."""
+    digest = hashlib.sha256()
+    for name, info in sorted(files.items()):
+        digest.update(json.dumps([name, info.size, info.version]).encode())
+    return digest.hexdigest()
 
 
 def _reason(error: BaseException) -> str:

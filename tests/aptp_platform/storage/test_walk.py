@@ -1,0 +1,81 @@
+"""A listing is whole or it raises; an empty one is told from one that failed."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from aptp_platform.config import StorageConfig
+from aptp_platform.storage.errors import StoreError
+from aptp_platform.storage.store import Store
+from tests.support.fault_proxy import FaultProxy
+from tests.support.s3_server import S3Server
+
+
+PATTERNS = ["*/train-*", "train-*", "**/train-*", "**"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_part_that_cannot_be_listed_fails_the_whole(fault_proxy: FaultProxy, pattern: str, status: int) -> None:
+    name = f"listed-{status}-{PATTERNS.index(pattern)}"
+    storage = StorageConfig(endpoint=fault_proxy.endpoint, attempts=1)
+    store = Store.open(f"{S3Server(fault_proxy.endpoint).bucket(name)}/data", storage)
+    assert store.list(pattern) == [], "there is nothing yet"
+    for each in ("train-0", "a/train-1", "b/train-2", "c/d/train-3"):
+        store.write_json(each, 0)
+    assert store.list(pattern) != []
+    fault_proxy.refuse = lambda method, path: status if method == "GET" and "prefix=data" in path else None
+    with pytest.raises(StoreError, match=r"s3://"):
+        store.list(pattern)
+    fault_proxy.refuse = lambda method, path: status if "prefix=data%2Fb" in path else None
+    if pattern == "*/train-*":
+        with pytest.raises(StoreError, match=r"s3://"):
+            store.list(pattern)
+    else:
+        assert store.list(pattern), "no other pattern asks for that folder alone"
+
+
+@pytest.mark.parametrize("pattern", ["*/train-*", "**"])
+def test_a_folder_that_may_not_be_read_is_no_empty_one(pattern: str) -> None:
+    with tempfile.TemporaryDirectory() as folder, as_nobody(folder):
+        store = Store.open(folder)
+        for each in ("a/train-0", "b/train-1"):
+            store.write_json(each, 0)
+        Path(folder, "b").chmod(0)
+        try:
+            with pytest.raises(StoreError, match="access denied"):
+                store.list(pattern)
+        finally:
+            Path(folder, "b").chmod(0o755)
+
+
+@contextmanager
+def as_nobody(folder: str) -> Iterator[None]:
+    """Root may read everything."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.chown(folder, 65534, -1)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_links_are_followed_and_one_that_leads_nowhere_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "train-0").write_text("x")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "itself").symlink_to(root)
+    (root / "train-1").symlink_to(tmp_path / "absent")
+    store = Store.open(root)
+    assert store.list() == ["linked/train-0", "train-1"]
+    with pytest.raises(StoreError, match=r"train-1: does not exist"), store.open_file("train-1"):
+        pass
