@@ -22,7 +22,9 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
         "experts", "serve",
     ],
     "storage": ["errors", "walk", "store", "lease"],
-    "run": ["layout", "progress", "resources", "path", "job", "keeper", "cluster"],
+    "run": [
+        "layout", "progress", "resources", "stages", "sources", "facts", "record", "path", "job", "keeper", "cluster",
+    ],
     "data": ["text", "colours", "sample", "formats", "captions", "encoded", "heldout", "encode"],
     "data/formats": ["tar", "parquet", "listing"],
     "train": [

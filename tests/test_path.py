@@ -25,7 +25,8 @@ from aptp_platform.experts.evidence.trials import ArmRun
 from aptp_platform.experts.experiment.comparison import compare
 from aptp_platform.models import load_pipeline_parts
 from aptp_platform.run.cluster import free_ports
-from aptp_platform.run.path import STAGES, require_stage, run_stage
+from aptp_platform.run.path import require_stage, run_stage
+from aptp_platform.run.stages import STAGES
 from aptp_platform.serve.app import build
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.storage.store import StorageConfig, Store

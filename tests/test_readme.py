@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from aptp_platform.config_file import load_config
-from aptp_platform.run.path import STAGES
+from aptp_platform.run.stages import STAGES
 from aptp_platform.serve.args import ServeArgs
 
 ROOT = Path(__file__).parents[1]

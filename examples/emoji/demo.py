@@ -32,8 +32,9 @@ from rich.table import Table
 from aptp_platform.config import ConfigError
 from aptp_platform.config_file import load_config
 from aptp_platform.run.cluster import ClusterError, LocalCluster, port_is_free
-from aptp_platform.run.path import STAGES, forget
+from aptp_platform.run.path import forget
 from aptp_platform.run.progress import parse_line
+from aptp_platform.run.stages import STAGES
 from examples.emoji.gallery import write_gallery
 
 PROMPTS = (
@@ -160,6 +161,8 @@ def _submit(cluster: LocalCluster, command: str, overrides: list[str], console: 
         LOG.parent.mkdir(exist_ok=True)
         LOG.write_text("\n".join(lines))
         told = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
+        if told and "--restart" in told:
+            told += "; or forget all that this demo has made: make demo FRESH=1"
         raise DemoError(told or f"the job {str(status).lower()}; its log is {LOG}")
 
 

@@ -7,7 +7,7 @@ the router and the space repeat fields of the library, because every reading tas
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import pydantic
 from pydantic import Field
@@ -19,6 +19,8 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
+
+PACKAGE: Final = "package:"  # in the place of a folder: a Python package that brings a model
 
 
 class ConfigError(ValueError):

@@ -15,11 +15,9 @@ import transformers
 
 from aptp.codes import PruningSpace
 from aptp.sites import Granule, any_order, outermost_first, read_space
-from aptp_platform.config import ModelConfig, SpaceSection, StorageConfig
+from aptp_platform.config import PACKAGE, ModelConfig, SpaceSection, StorageConfig
 from aptp_platform.pipeline_folder import check_folder, load_scheduler, read_json, require_part, weights_variant
 from aptp_platform.storage.store import Store
-
-PACKAGE = "package:"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from aptp.sites import Granule, any_order, read_space
 from aptp_platform.config import ConfigError, GranuleSection, RelaxationSection, RouterSection, RunConfig, SpaceSection
 from aptp_platform.config_file import dump_config, load_config, parse_config, to_tree
 from aptp_platform.models import pruning_space
-from aptp_platform.train.checkpoint import differences
+from aptp_platform.run.facts import differences
 from aptp_platform.train.specs import router_config
 from tests.support import tiny
 

@@ -22,8 +22,8 @@ FAULTS: tuple[Fault, ...] = ("503", "reset", "stall")
 class FaultProxy(ThreadingHTTPServer):
     """Passes requests on, but for those that meet a fault: all while `fault` is set, and `every` so-manieth one.
 
-    `hits` counts what went wrong. A stalled request is never answered. `refuse` names, for a method and a path, a status
-    to answer with, or none; `headers` go with it.
+    `hits` counts what went wrong. A stalled request is never answered. `refuse` names, for a method and a path, a
+    status to answer with, or none; `headers` go with it.
     """
 
     daemon_threads = True

@@ -22,6 +22,7 @@ from aptp_platform.data.formats.parquet import read_parquet
 from aptp_platform.data.formats.tar import read_shard
 from aptp_platform.data.sample import CaptionedImage, Fault, decode_image
 from aptp_platform.data.text import printable
+from aptp_platform.run.sources import DataFiles, data_files
 from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.store import StorageConfig, Store
 
@@ -73,17 +74,20 @@ class SourceFile:
     place: int
 
 
-def source_files(config: DataConfig, storage: StorageConfig) -> list[SourceFile]:
+def source_files(config: DataConfig, storage: StorageConfig, listed: DataFiles | None = None) -> list[SourceFile]:
     """The files of both splits, those of `data.train` first.
+
+    Args:
+        listed: what the source holds, if that is known.
 
     Raises:
         ValueError: nothing matches, one file is in both splits, or the format of a file is unknown.
     """
-    store = Store.open(config.source, storage)
+    listed = listed or data_files(config, storage)
     files = []
     splits: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
     for split in splits:
-        for place, name in enumerate(store.require(getattr(config, split), f"data.source or data.{split}")):
+        for place, name in enumerate(sorted(getattr(listed, split))):
             if _format(name) is None:
                 known = ", ".join(FORMATS)
                 raise ValueError(f"data.{split}: {name}: unknown format; the name must end in one of {known}")

@@ -22,7 +22,6 @@ import torch
 from aptp.latents import encode_images
 from aptp.prompts import PromptEncoder
 from aptp_platform.config import ModelConfig, RunConfig
-from aptp_platform.config_file import to_tree
 from aptp_platform.data.captions import (
     READER_CPUS,
     SourceFile,
@@ -33,6 +32,7 @@ from aptp_platform.data.captions import (
 )
 from aptp_platform.data.encoded import FAULTS, encoded_table, write_rows
 from aptp_platform.models import check_pipeline, fetch_model, load_vae
+from aptp_platform.run.facts import Facts
 from aptp_platform.run.layout import ENCODED
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
@@ -43,8 +43,11 @@ PARTIAL = ".partial"
 QUARANTINE = "quarantine.parquet"
 
 
-def encode(config: RunConfig) -> dict[str, Any]:
+def encode(config: RunConfig, known: Facts | None = None) -> dict[str, Any]:
     """Encode both splits into `encoded/train` and `encoded/heldout`; bad rows go to `encoded/quarantine.parquet`.
+
+    Args:
+        known: what the rows depend on, if it has been listed.
 
     Returns:
         rows of each split, and how many were bad by cause.
@@ -53,7 +56,8 @@ def encode(config: RunConfig) -> dict[str, Any]:
         ValueError: nothing to read, a model that is not whole, or a larger share of bad rows or
             files than `data.max_bad_share`; then only the quarantine is published.
     """
-    files = source_files(config.data, config.storage)
+    known = known or Facts(config)
+    files = source_files(config.data, config.storage, known.data)
     check_rows(config.data, config.storage, files)
     check_pipeline(config.model, config.storage)
     shares = {
@@ -62,7 +66,7 @@ def encode(config: RunConfig) -> dict[str, Any]:
     }
     require_room("encode", "actors", config.encode.actors, shares, spare=READER_CPUS)
     store = Store.open(config.root, config.storage).join(ENCODED)
-    written = _encode_waves(config, files, store)
+    written = _encode_waves(config, files, store, known.of("encode"))
     faults = [fault for part in written for fault in part["faults"]]
     with store.open_file(QUARANTINE, "wb") as stream:
         pq.write_table(pa.Table.from_pylist(faults, FAULTS), stream)
@@ -156,9 +160,14 @@ def half_latents(vae: Any, pixels: np.ndarray) -> np.ndarray:
     return latents
 
 
-def _encode_waves(config: RunConfig, files: Sequence[SourceFile], store: Store) -> list[dict[str, Any]]:
-    """Encode every wave that is not on record into the partial folder; returns what was written, and what was bad."""
-    origin = _origin(config, files)
+def _encode_waves(
+    config: RunConfig, files: Sequence[SourceFile], store: Store, origin: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Encode every wave that is not on record into the partial folder; returns what was written, and what was bad.
+
+    Args:
+        origin: what rows are made from; waves of another origin cannot be used.
+    """
     record = f"{PARTIAL}/origin.json"
     if not store.exists(record) or store.read_json(record) != origin:
         store.remove(PARTIAL)
@@ -193,20 +202,6 @@ def _encode_wave(config: RunConfig, wave: Sequence[SourceFile], target: Store) -
     with translated_errors():
         for batch in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from cast(pa.Table, batch).to_pylist()
-
-
-def _origin(config: RunConfig, files: Sequence[SourceFile]) -> dict[str, Any]:
-    """What encoded rows are made from: waves of another origin cannot be used."""
-    source = Store.open(config.data.source, config.storage)
-    return {
-        "files": [f"{file.split} {file.name}" for file in files],
-        "versions": [source.fingerprint(pattern) for pattern in (config.data.train, config.data.heldout)],
-        "image_size": config.data.image_size,
-        "max_captions": config.data.max_captions,
-        "model": to_tree(config.model),
-        "cache_latents": config.encode.cache_latents,
-        "files_per_wave": config.encode.files_per_wave,
-    }
 
 
 def _remove_parts(partial_folder: Store, wave: Sequence[SourceFile]) -> None:

@@ -17,14 +17,14 @@ from aptp_platform.config_file import to_tree
 from aptp_platform.experts.evidence.scores import FILES
 from aptp_platform.models import fetch_model, load_pipeline_parts
 from aptp_platform.run.layout import EVALUATED, FINETUNED, RELEASE, home, network_of, refitted_router
-from aptp_platform.run.path import fingerprint, require_stage
+from aptp_platform.run.path import finished
 from aptp_platform.storage.store import Store
 
 
 def publish(config: RunConfig) -> dict[str, Any]:
     """Publish `release/`, the teacher's UNet included so that a server can show both; release.json appears last."""
     root = Store.open(config.root, config.storage)
-    assigned, refitted = require_stage("assign", config), require_stage("refit", config)
+    assigned, refitted = (finished(stage, config)["summary"] for stage in ("assign", "refit"))
     with tempfile.TemporaryDirectory() as scratch:
         router = refitted_router(config)
         router.encoder = PromptEncoder.load(fetch_model(config.model.prompt_encoder, config.storage))
@@ -69,7 +69,7 @@ def _info(config: RunConfig, expert: Path, familiar: float) -> ReleaseInfo:
             "config": to_tree(config),
             "commit": _commit(),
             "code": _code_hash(),
-            "inputs": fingerprint("encode", config),
+            "inputs": finished("encode", config)["fingerprint"],
             "familiar": familiar,
         },
     )

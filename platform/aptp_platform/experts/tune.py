@@ -34,9 +34,10 @@ from aptp_platform.experts.sweep.record import (
 )
 from aptp_platform.experts.sweep.search import Proposals, Stopping
 from aptp_platform.experts.sweep.space import BUDGET, Settings, read_space, trial_name
+from aptp_platform.run.facts import Facts
 from aptp_platform.run.job import cause_of
 from aptp_platform.run.layout import HELD_OUT_ROWS, TRAIN_ROWS, TRIALS, home
-from aptp_platform.run.path import fingerprint
+from aptp_platform.run.record import put_aside
 from aptp_platform.storage.lease import Lease
 from aptp_platform.storage.store import Store
 from aptp_platform.train.curve import Point
@@ -81,7 +82,7 @@ class Sweep:
         self.config, self.space = config, read_space(config)
         self.root = Store.open(config.root, config.storage)
         self.folder = self.root.join(TRIALS)
-        self.encoded = fingerprint("encode", config)
+        self.encoded = Facts(config).inputs()
         self._curves: dict[str, Trial] = {}  # by name: what each has reported
         if not any(field.startswith("space.") for field in self.space):  # else a trial says what it cannot reach
             most, least = max(config.tune.num_codes), min(config.tune.budgets)
@@ -196,7 +197,7 @@ def _trial(settings: dict[str, Any], config: RunConfig, encoded: str, teacher: d
     shared = Store.open(config.root, config.storage)
     folder, facts = shared.join(TRIALS, trial_name(point)), facts_of(config, point, encoded)
     if folder.exists() and read_trial(folder, facts) is None:
-        shared.remove(f"{TRIALS}/{trial_name(point)}")  # of another config
+        put_aside(shared, f"{TRIALS}/{trial_name(point)}")  # of another config
     trial = Trial(point, "running", started=time.time())
     write_trial(folder, trial, facts)
     try:

@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,40 @@ from aptp_platform.run.path import reach_places, run_stage
 # Without this a Ray head listens at the machine's address, whatever address it is given. The variable is named after
 # the systems where it is the default; it works on every system.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_RESTART = "what is finished, or was made from another config, is put aside, not removed"
 _COPIES = "working_dir_files"  # of a Ray session: where a submitted job finds the copy of its working directory
 
 
 def run_job(stage: str, description: str | None, argv: Sequence[str] | None = None) -> None:
     """Run one stage of the path on the cluster that `ray job submit` started this script on."""
-    run_function(lambda config: run_stage(stage, config), description, argv)
+
+    def run(config: RunConfig, restart: Collection[str]) -> None:
+        run_stage(stage, config, restart="yes" if restart else "no")
+
+    run_restartable(run, [stage], description, argv)
 
 
 def run_function(
     function: Callable[[RunConfig], Any], description: str | None, argv: Sequence[str] | None = None
 ) -> None:
     """Parse `--config` and `--set`, call `function` with the config, and map bad input to one line and exit code 2."""
+    run_restartable(lambda config, restart: function(config), (), description, argv)
+
+
+def run_restartable(
+    function: Callable[[RunConfig, Collection[str]], Any],
+    stages: Sequence[str],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """As `run_function`; `function` also gets those of its stages that `--restart` names."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, such as jobs/configs/demo.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one value")
+    if stages:
+        parser.add_argument(
+            "--restart", action="append", default=[], choices=stages, metavar="STAGE", help="start it anew: " + _RESTART
+        )
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.set)
@@ -44,7 +63,7 @@ def run_function(
         if address == "local" and not ray.is_initialized():
             _require_shielded()
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
-        function(config)
+        function(config, getattr(args, "restart", []))
     except (ValueError, ray.exceptions.OutOfDiskError) as error:
         print(f"error: {cause_of(error)}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -11,7 +11,8 @@ evaluated/                 metrics, scores, figures, report
 comparison/                of an experiment, whose runs are in runs/: metrics, figures, report
 release/                   what a server reads
 tune/                      one folder per trial of a sweep, each laid out as a root; what the sweep found beside them
-stages/                    one record per stage: fingerprint, and summary once it is done
+stages/                    one record per stage: what it depends on, and its summary once it is done
+aside/                     what restarts of stages have put aside
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ COMPARISON: Final = "comparison"
 RELEASE: Final = "release"
 TRIALS: Final = "tune"
 RECORDS: Final = "stages"
+ASIDE: Final = "aside"
 ROUTER: Final = "router"  # in the folders of pruned, shared, assigned and refitted
 UNET: Final = "unet"  # in the folder of shared
 CHECKPOINTS: Final = "checkpoints"  # in the folders of the three trainings, as are the next two

@@ -1,135 +1,111 @@
-"""The path from captioned images to a release: its stages, in order, each run once for what it depends on.
+"""The path from captioned images to a release: each stage is run once for what it depends on.
 
-A stage's fingerprint covers the config sections it reads, the stages before it and the files it starts from. A finished
-stage with that fingerprint is reused. One with another fingerprint is removed and run again. One that was interrupted
-continues from what its folder holds.
+A finished stage with the same fingerprint is reused, and one that was interrupted continues from what its folder holds,
+as does a training that gets more steps. One that was made from anything else is refused: what has changed is named, and
+a restart of the stage puts what is there aside.
 """
 
-import hashlib
 import importlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from aptp_platform.config import ConfigError, RunConfig
-from aptp_platform.config_file import places, to_tree
+from aptp_platform.config_file import places
 from aptp_platform.run import layout
+from aptp_platform.run.facts import Facts, changes, only_longer
+from aptp_platform.run.record import finish_leaving, read_record, remove_stage, set_aside, write_record
+from aptp_platform.run.stages import STAGES
 from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.lease import Lease
 from aptp_platform.storage.store import Store
 
 Summary = dict[str, Any]
-MODEL_FILES = ("**/*.json", "**/*.safetensors", "**/*.txt")  # not the card or its pictures
+TOLD = 3  # of the changes, in the line that names them
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the path."""
-
-    name: str
-    script: str  # the file in jobs/ that is submitted for it
-    folder: str  # under the run's root; written by this stage alone
-    sections: tuple[str, ...]  # of the config: what the result depends on
-    after: tuple[str, ...]  # stages whose folders it reads
-    entry: str  # "module:function" taking a RunConfig and returning a summary; imported when the stage runs
-    sources: tuple[str, ...] = ()  # "data", "model": files outside the run that it starts from
-
-
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "encode",
-            "encode_latents",
-            layout.ENCODED,
-            ("data", "model", "encode"),
-            (),
-            "data.encode:encode",
-            ("data", "model"),
-        ),
-        Stage(
-            "prune",
-            "prune_unet",
-            layout.PRUNED,
-            ("seed", "router", "space", "prune"),
-            ("encode",),
-            "train.trainer:prune",
-        ),
-        Stage("share", "share_training", layout.SHARED, ("share",), ("encode", "prune"), "train.trainer:share"),
-        Stage("assign", "assign_prompts", layout.ASSIGNED, ("assign",), ("encode", "share"), "experts.assign:assign"),
-        Stage("cut", "cut_experts", layout.CUT, ("cut",), ("assign",), "experts.cut:cut"),
-        Stage(
-            "finetune", "finetune_experts", layout.FINETUNED, ("finetune",), ("encode", "cut"), "train.trainer:finetune"
-        ),
-        Stage(
-            "refit",
-            "refit_router",
-            layout.REFITTED,
-            ("refit",),
-            ("encode", "assign", "finetune"),
-            "experts.refit:refit",
-        ),
-        Stage(
-            "evaluate",
-            "evaluate_experts",
-            layout.EVALUATED,
-            ("evaluate",),
-            ("encode", "refit"),
-            "experts.evaluate:evaluate",
-        ),
-        Stage("publish", "publish_release", layout.RELEASE, (), ("refit", "evaluate"), "experts.publish:publish"),
-    )
-}
-
-
-def run_stage(name: str, config: RunConfig, say: Callable[[str], None] = print) -> Summary:
+def run_stage(
+    name: str,
+    config: RunConfig,
+    say: Callable[[str], None] = print,
+    *,
+    restart: Literal["no", "changed", "yes"] = "no",
+    known: Facts | None = None,
+) -> Summary:
     """Run one stage, or reuse its finished result; returns its summary.
 
+    Args:
+        restart: "changed" starts a stage anew that was made from something else; "yes" also one that is finished.
+            Either sets aside what is there. An interrupted one that was made from the same goes on.
+        known: what the config's stages depend on; given, if several of them are run.
+
     Raises:
-        ConfigError: a stage before it has not been run, or was run for another config.
+        ConfigError: a stage before it has not been run, or was run for another config; or this one was.
+        StoreError: a source is missing or cannot be listed; nothing has been touched then.
         LeaseError: another process works on this run.
     """
     stage, root = STAGES[name], Store.open(config.root, config.storage)
+    known = known or Facts(config)
     if getattr(config.reuse, name, None):
-        summary = require_stage(name, config)
+        if restart == "yes":
+            raise ConfigError(f"reuse.{name}: another run's result is read: restart the stage there, or unset this")
+        summary = require_stage(name, config, known)
         say(f"[{name}] reused: {layout.home(config, name).join(stage.folder).uri}, as reuse.{name} says")
         return summary
+    expected, facts = known.fingerprint(name), known.of(name)
     for earlier in stage.after:
-        require_stage(earlier, config)
-    expected = fingerprint(name, config)
+        require_stage(earlier, config, known)
     with Lease(root, "run") as lease:
-        record = _read(root, name)
-        if record is not None and record["fingerprint"] != expected:
-            root.remove(stage.folder)
+        record = read_record(root, name)
+        if finish_leaving(root, name, record):
             record = None
-        if record is not None and "summary" in record:
+        if record is not None:
+            goes_on = record["fingerprint"] == expected or only_longer(record.get("facts"), facts)
+            if not goes_on and restart == "no":
+                raise ConfigError(_refusal(name, root, _changed(name, config, known, record)))
+            if not goes_on or (restart == "yes" and "summary" in record):
+                place = set_aside(root, name)
+                say(f"[{name}] what {root.join(stage.folder).uri} held is in {root.join(place).uri} now")
+                record = None
+        if record is not None and "summary" in record and record["fingerprint"] == expected:
             say(f"[{name}] reused: {root.join(stage.folder).uri} was made from the same config and inputs")
             return record["summary"]
-        root.write_json(_record(name), {"fingerprint": expected})
+        write_record(root, name, {"fingerprint": expected, "facts": facts})
         started = time.monotonic()
         module, function = stage.entry.split(":")
-        summary = getattr(importlib.import_module(f"aptp_platform.{module}"), function)(config)
+        entry = getattr(importlib.import_module(f"aptp_platform.{module}"), function)
+        summary = entry(config, known) if "data" in stage.sources else entry(config)
         lease.require()
         seconds = round(time.monotonic() - started, 1)
-        root.write_json(_record(name), {"fingerprint": expected, "seconds": seconds, "summary": summary})
+        done = {"fingerprint": expected, "facts": facts, "seconds": seconds, "summary": summary}
+        write_record(root, name, done)
     say(f"[{name}] done in {seconds:.0f} s: {_brief(summary)}")
     return summary
 
 
-def require_stage(name: str, config: RunConfig) -> Summary:
+def require_stage(name: str, config: RunConfig, known: Facts | None = None) -> Summary:
     """The summary of a finished stage, if it was made from this config."""
-    root = layout.home(config, name)
-    record = _read(root, name)
-    if record is None or "summary" not in record:
-        raise ConfigError(f"{name}: {root.uri} holds no finished result of it; run the {name} job first")
-    if record["fingerprint"] != fingerprint(name, config):
+    known, record = known or Facts(config), finished(name, config)
+    if record["fingerprint"] != known.fingerprint(name):
+        told = _told(_changed(name, config, known, record))
         raise ConfigError(
-            f"{name}: its result in {root.uri} was made from another config or other inputs; run the {name} job "
-            "again, or give this run a root of its own"
+            f"{name}: its result in {layout.home(config, name).uri} was made from another config or other inputs "
+            f"({told}): set that back, give this run a root of its own, or run the {name} job with --restart {name}"
         )
     return record["summary"]
+
+
+def finished(name: str, config: RunConfig) -> dict[str, Any]:
+    """The record of a finished stage, whatever it was made from.
+
+    Raises:
+        ConfigError: it is not finished.
+    """
+    root = layout.home(config, name)
+    record = read_record(root, name)
+    if record is None or "summary" not in record:
+        raise ConfigError(f"{name}: {root.uri} holds no finished result of it; run the {name} job first")
+    return record
 
 
 def reach_places(config: RunConfig) -> None:
@@ -148,44 +124,43 @@ def reach_places(config: RunConfig) -> None:
 def forget(config: RunConfig) -> None:
     """Remove what every stage of this run has made, and the record of it."""
     root = Store.open(config.root, config.storage)
-    for stage in STAGES.values():
-        root.remove(_record(stage.name))
-        root.remove(stage.folder)
+    for stage in STAGES:
+        remove_stage(root, stage)
 
 
 def fingerprint(name: str, config: RunConfig) -> str:
     """What the result of a stage depends on, as one hash."""
-    stage = STAGES[name]
-    facts = {
-        "stage": name,
-        "config": {section: to_tree(getattr(config, section)) for section in stage.sections},
-        "after": [fingerprint(earlier, config) for earlier in stage.after],
-        "sources": [_source_facts(source, config) for source in stage.sources],
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Facts(config).fingerprint(name)
 
 
-def _source_facts(source: str, config: RunConfig) -> list[str]:
-    """Names, sizes and versions of the files that a run starts from."""
-    if source == "data":
-        store = Store.open(config.data.source, config.storage)
-        return [store.fingerprint(pattern) for pattern in (config.data.train, config.data.heldout)]
-    if config.model.pipeline.startswith("package:"):
-        return [config.model.pipeline]
-    store = Store.open(config.model.pipeline, config.storage)
-    return [store.fingerprint(pattern) for pattern in MODEL_FILES]
+def _changed(name: str, config: RunConfig, known: Facts, record: dict[str, Any]) -> list[str]:
+    """What is not as it was when a stage was made, the stages before it included."""
+    before, now = record.get("facts"), known.of(name)
+    told = changes(before, now)
+    if before is None:
+        return told
+    for earlier, expected in now["after"].items():
+        if before["after"].get(earlier) == expected:
+            continue
+        there = read_record(layout.home(config, earlier), earlier)
+        if there is None or there.get("fingerprint") == expected:
+            told.append(f"{earlier} was made anew")
+        else:
+            told += _changed(earlier, config, known, there)
+    return list(dict.fromkeys(told))
 
 
-def _record(name: str) -> str:
-    """Where a stage's fingerprint is kept from its start, and its summary once it is done.
-
-    Outside the stage's own folder, because a release lists every file in its folder.
-    """
-    return f"{layout.RECORDS}/{name}.json"
+def _told(changed: list[str]) -> str:
+    more = f"; and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
+    return "; ".join(changed[:TOLD]) + more
 
 
-def _read(root: Store, name: str) -> dict[str, Any] | None:
-    return root.read_json(_record(name)) if root.exists(_record(name)) else None
+def _refusal(name: str, root: Store, changed: list[str]) -> str:
+    return (
+        f"{name}: what {root.join(STAGES[name].folder).uri} holds was made from another config or other inputs "
+        f"({_told(changed)}): set that back, give this run a root of its own, or start the stage anew with "
+        f"--restart {name}, which keeps what is there in {root.join(layout.ASIDE).uri}"
+    )
 
 
 def _brief(summary: Summary) -> str:

@@ -245,13 +245,18 @@ class Store:
             for group in ([file for file in files if file not in last], [file for file in files if file in last]):
                 self._fs.put([str(source / file) for file in group], [self._path(f"{name}/{file}") for file in group])
 
-    def move(self, name: str, target: str) -> None:
-        """Rename a folder in this store, in the place of what was there; in a bucket, object by object."""
+    def move(self, name: str, target: str, *, keep: bool = False) -> None:
+        """Rename a folder in this store, in the place of what was there; in a bucket, object by object.
+
+        Args:
+            keep: in a bucket, what the target holds stays; so a move that was interrupted can be finished.
+        """
         if self.is_local:
             with self._translate_errors(name):
                 _put_in_place(Path(self._path(name)), Path(self._path(target)))
             return
-        self.remove(target)
+        if not keep:
+            self.remove(target)
         files = self.join(name).list()
         with self._translate_errors(name):
             sources = [self._path(f"{name}/{file}") for file in files]

@@ -8,6 +8,7 @@ import fnmatch
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -36,7 +37,7 @@ def files_on_disk(root: str, patterns: Sequence[str]) -> dict[str, FileInfo]:
     while left:
         folder = left.pop()
         try:
-            with os.scandir(os.path.join(root, folder)) as scanned:
+            with os.scandir(f"{root}/{folder}") as scanned:
                 entries = list(scanned)
         except (FileNotFoundError, NotADirectoryError):
             continue  # there is no such folder, or it has gone meanwhile
@@ -100,5 +101,5 @@ def _may_hold(folder: str, patterns: Sequence[str]) -> bool:
 def _is_a_loop(entry: os.DirEntry[str]) -> bool:
     if not entry.is_symlink():
         return False
-    target, here = os.path.realpath(entry.path), os.path.realpath(os.path.dirname(entry.path))
-    return os.path.commonpath([target, here]) == target
+    target, here = Path(entry.path).resolve(), Path(entry.path).parent.resolve()
+    return target == here or target in here.parents

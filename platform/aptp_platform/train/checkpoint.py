@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aptp_platform.config import ConfigError
+from aptp_platform.run.facts import differences
 from aptp_platform.train.engine import restore_moments, trainable, whole_state
 
 _INDEX = "checkpoint.json"
@@ -103,11 +104,3 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 def _file(rank: int, ranks: int) -> str:
     return f"rank-{rank:02d}-of-{ranks:02d}.safetensors"
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The fields in which two trees of plain data differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}".strip("."))]
-    return [] if old == new else [f"{where}: {old!r}, now {new!r}"]

@@ -26,6 +26,7 @@ from aptp_platform.config import RouterSection, RunConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, to_tree
 from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import PipelineParts, fetch_model, load_pipeline_parts, pruning_space
+from aptp_platform.run.facts import FREE_IN_TRAINING, section_facts
 from aptp_platform.run.layout import (
     CURVES,
     CUT,
@@ -320,21 +321,17 @@ def router_config(section: RouterSection, embedding_dim: int) -> RouterConfig:
 
 
 def common_of(config: RunConfig) -> dict[str, Any]:
-    return {"seed": config.seed, **{name: to_tree(getattr(config, name)) for name in ("model", "router", "space")}}
+    return {"seed": config.seed, **{name: section_facts(config, name) for name in ("model", "router", "space")}}
 
 
 def result_of(training: TrainingConfig) -> dict[str, Any]:
     """The fields of a training that change its steps: not by how many workers, how often it is saved, what is measured
     then, nor how many there are, unless the learning rate follows from it."""
     tree = to_tree(training)
-    steps = tree["steps"]
-    for name in (
-        "steps", "prefetch_bytes", "workers", "cpus_per_worker", "gpus_per_worker", "max_failures", "checkpoint_every",
-        "checkpoints_kept", "heldout_rows",
-    ):  # fmt: skip
-        del tree[name]
-    for name in ("zero_stage", "offload", "activation_checkpointing"):
-        del tree["engine"][name]
+    for name in FREE_IN_TRAINING:
+        *sections, field = name.split(".")
+        del (tree[sections[0]] if sections else tree)[field]
+    steps = tree.pop("steps")
     if training.final_learning_rate is not None:
         tree["steps"] = steps
     return tree

@@ -24,6 +24,7 @@ from aptp_platform.config import ConfigError, EncodeConfig, RunConfig, TrainingC
 from aptp_platform.data.captions import source_files
 from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import check_pipeline, pruning_space
+from aptp_platform.run.facts import differences
 from aptp_platform.run.layout import (
     ASSIGNED,
     CHECKPOINTS,
@@ -41,7 +42,6 @@ from aptp_platform.run.layout import (
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
 from aptp_platform.storage.store import Store
-from aptp_platform.train.checkpoint import differences
 from aptp_platform.train.engine import check_engine
 from aptp_platform.train.loop import SCORE, Summary, TrainingSpec, train
 from aptp_platform.train.sharing import ShareSpec

@@ -14,7 +14,6 @@ from aptp_platform.storage.store import Store
 from tests.support.fault_proxy import FaultProxy
 from tests.support.s3_server import S3Server
 
-
 PATTERNS = ["*/train-*", "train-*", "**/train-*", "**"]
 
 

@@ -12,7 +12,7 @@ is finished is reused, and what was interrupted goes on, as in any run. `<root>/
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from math import inf
@@ -30,9 +30,11 @@ from aptp_platform.experts.evidence.trials import ArmRun
 from aptp_platform.experts.experiment.comparison import compare
 from aptp_platform.experts.experiment.comparison_report import write
 from aptp_platform.experts.experiment.curves import mean_curve, run_curve
+from aptp_platform.run.facts import Facts
 from aptp_platform.run.layout import COMPARISON, EVALUATED, home
-from aptp_platform.run.path import STAGES, run_stage
+from aptp_platform.run.path import run_stage
 from aptp_platform.run.progress import Progress
+from aptp_platform.run.stages import STAGES
 from aptp_platform.storage.store import Store
 
 METHOD = "routed"
@@ -44,15 +46,18 @@ STAGES_OF_A_RUN = tuple(name for name in STAGES if name not in ("encode", "publi
 Run = tuple[float, int, str, RunConfig]  # budget, seed, arm and config
 
 
-def experiment(config: RunConfig) -> dict[str, Any]:
+def experiment(config: RunConfig, restart: Collection[str] = ()) -> dict[str, Any]:
     """Train and evaluate all runs, publish `comparison/` (metrics.json, report.html, figures); returns the metrics.
+
+    Args:
+        restart: stages that are started anew in those runs in which they were made from something else.
 
     Raises:
         ConfigError: the experiment cannot be made.
         ValueError: the runs that were made do not compare; the line says which arm, and why.
     """
     config = with_absolute_places(config)
-    runs = train_runs(config)
+    runs = train_runs(config, restart)
     root = Store.open(config.root, config.storage)
     with tempfile.TemporaryDirectory() as scratch:
         arms = [ArmRun(arm, _scores(run, Path(scratch))) for _, _, arm, run in runs]
@@ -155,7 +160,7 @@ def run_of(config: RunConfig, budget: float, seed: int, arm: str) -> RunConfig:
     return own
 
 
-def train_runs(config: RunConfig) -> list[Run]:
+def train_runs(config: RunConfig, restart: Collection[str] = ()) -> list[Run]:
     """Take every run of the experiment to the end of its evaluation, `experiment.at_once` at a time.
 
     Raises:
@@ -163,7 +168,7 @@ def train_runs(config: RunConfig) -> list[Run]:
         RayTaskError: of the first run that failed, when all others are done.
     """
     check_experiment(config)
-    run_stage("encode", config)
+    run_stage("encode", config, restart="changed" if "encode" in restart else "no")
     runs = list(runs_of(config))
     made: dict[str, ObjectRef[None]] = {}
     with Progress("experiment", len(runs)) as progress:
@@ -172,7 +177,7 @@ def train_runs(config: RunConfig) -> list[Run]:
                 _, working = ray.wait(list(made.values()), num_returns=number - config.experiment.at_once + 1)
                 progress.update(len(made) - len(working))
             before = made.get(run.reuse.prune) if run.reuse.prune else None
-            made[run.root] = _train.remote(run, before)
+            made[run.root] = _train.remote(run, before, frozenset(restart))
         ray.wait(list(made.values()), num_returns=len(made))
         progress.update(len(runs))
     ray.get(list(made.values()))
@@ -182,7 +187,8 @@ def train_runs(config: RunConfig) -> list[Run]:
 # A process of its own: stages count a network's MACs and build it on meta devices, which is no matter for threads. It
 # only waits for its stages' tasks and workers, so it takes no CPU from them.
 @ray.remote(num_cpus=0, max_retries=0)
-def _train(run: RunConfig, before: None) -> None:
+def _train(run: RunConfig, before: None, restart: frozenset[str]) -> None:
     """Ray starts it when the run that it starts from is done."""
+    known = Facts(run)
     for stage in STAGES_OF_A_RUN:
-        run_stage(stage, run)
+        run_stage(stage, run, restart="changed" if stage in restart else "no", known=known)
