@@ -21,7 +21,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
         "storage", "unknown_keys", "config", "config_file", "pipeline_folder", "models", "run", "data", "train",
         "experts", "serve",
     ],
-    "storage": ["errors", "walk", "store", "lease"],
+    "storage": ["errors", "walk", "s3", "refusals", "store", "claim", "lease"],
     "run": [
         "layout", "progress", "resources", "stages", "sources", "facts", "record", "path", "job", "keeper", "cluster",
     ],
@@ -60,9 +60,9 @@ HOMES = {  # where a dependency may be imported, as path prefixes below platform
     "ray.train": ("train/",),
     "ray.tune": ("experts/tune.py", "experts/sweep/search.py"),
     "optuna": ("experts/sweep/search.py",),
-    "s3fs": ("storage/store.py",),
+    "s3fs": ("storage/s3.py",),
     "fsspec": ("storage/store.py",),
-    "botocore": ("storage/store.py",),
+    "botocore": ("storage/",),
     "ot": ("serve/routing/pot.py",),
 }
 

@@ -23,7 +23,8 @@ class FaultProxy(ThreadingHTTPServer):
     """Passes requests on, but for those that meet a fault: all while `fault` is set, and `every` so-manieth one.
 
     `hits` counts what went wrong. A stalled request is never answered. `refuse` names, for a method and a path, a
-    status to answer with, or none; `headers` go with it.
+    status to answer with, or none; `headers` go with it. Headers in `dropped`
+    are not passed on, as if the server did not know them.
     """
 
     daemon_threads = True
@@ -38,6 +39,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.hits: Counter[str] = Counter()
         self.refuse: Callable[[str, str], int | None] = lambda method, path: None
         self.headers: dict[str, str] = {}
+        self.dropped: tuple[str, ...] = ()
         self.over = threading.Event()
 
     def next_fault(self) -> Fault | None:
@@ -82,7 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes) -> None:
         target = self.server.target
         connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
+        left_out = ("transfer-encoding", *self.server.dropped)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
         if body or "Content-Length" in headers:
             headers["Content-Length"] = str(len(body))
         connection.request(self.command, self.path, body, headers)

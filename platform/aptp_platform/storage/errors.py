@@ -1,8 +1,9 @@
 """What a store raises, and a remote file whose reads raise it too: a lost connection is no damaged file."""
 
+import errno
 import io
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
@@ -12,6 +13,21 @@ class StoreError(ValueError):
 
 class MissingError(StoreError):
     """There is no such object, now."""
+
+
+class DamagedError(StoreError):
+    """A file is there and not whole: reading it again, here or elsewhere, does not help."""
+
+
+@contextmanager
+def full_disk_told(shown: str) -> Iterator[None]:
+    """Turn the system's error for a full disk into one line; others pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(f"{shown}: {error.strerror}: make room, or name another place") from None
 
 
 class GuardedFile(io.RawIOBase):

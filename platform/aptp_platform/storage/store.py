@@ -8,7 +8,6 @@ in a config, a URI, a pickled `Store` or an error. The module is light: a task t
 from __future__ import annotations
 
 import builtins
-import errno
 import hashlib
 import io
 import json
@@ -16,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any, Literal
@@ -24,10 +23,11 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 import pyarrow.fs
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 from pydantic import Field
 
-from aptp_platform.storage.errors import GuardedFile, MissingError, StoreError
+from aptp_platform.storage.errors import GuardedFile, StoreError, full_disk_told
+from aptp_platform.storage.refusals import one_line
+from aptp_platform.storage.s3 import PatientS3, status_of
 from aptp_platform.storage.walk import FileInfo, files_in_bucket, files_on_disk
 
 MARKERS = ("release.json",)
@@ -100,12 +100,12 @@ class Store:
 
     def make(self) -> None:
         """Create the bucket, or the local folder, if it is missing."""
-        with self._translate_errors(""):
+        with self.translated(""):
             self._fs.makedirs(self._path(""), exist_ok=True)
 
     def exists(self, name: str = "") -> bool:
         """Whether the file or folder is there; a bucket that is missing holds nothing."""
-        with self._translate_errors(name):
+        with self.translated(name):
             try:
                 self._fs.info(self._path(name))
             except FileNotFoundError:
@@ -126,7 +126,7 @@ class Store:
             StoreError: the folder, or one in it that may hold a match, cannot be listed.
         """
         path = self._path("")
-        with self._translate_errors(""):
+        with self.translated(""):
             if self.is_local:
                 return files_on_disk(path, patterns)
             return files_in_bucket(self._fs, path, patterns)
@@ -158,22 +158,23 @@ class Store:
     def open_file(self, name: str, mode: Literal["rb", "wb"] = "rb") -> Iterator[IO[bytes]]:
         """A file as a stream. A written one appears when the block ends without an error, and not at all otherwise."""
         if mode == "rb":
-            with self._translate_errors(name):
+            with self.translated(name):
                 stream = self._fs.open(self._path(name), "rb")
             if not self.is_local:
-                stream = io.BufferedReader(GuardedFile(stream, lambda: self._translate_errors(name)), _BUFFER)
+                stream = io.BufferedReader(GuardedFile(stream, lambda: self.translated(name)), _BUFFER)
             with stream:
                 yield stream
             return
         target = Path(self._path(name))
         folder = target.parent if self.is_local else Path(tempfile.gettempdir())
-        with self._translate_errors(name):
-            folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / f".{target.name}.{uuid.uuid4().hex}"
         try:
-            with scratch.open("wb") as stream:
+            with self.translated(name):
+                folder.mkdir(parents=True, exist_ok=True)
+                stream = scratch.open("wb")
+            with full_disk_told(self._show(name)), stream:
                 yield stream
-            with self._translate_errors(name):
+            with self.translated(name):
                 if self.is_local:
                     scratch.replace(target)
                 else:
@@ -181,17 +182,44 @@ class Store:
         finally:
             scratch.unlink(missing_ok=True)
 
+    def read_bytes(self, name: str) -> bytes:
+        with self.translated(name):
+            return self._fs.cat_file(self._path(name))  # one request: an open file fails if it is replaced meanwhile
+
     def read_json(self, name: str) -> Any:
-        with self._translate_errors(name):
-            data = self._fs.cat_file(self._path(name))  # one request: an open file fails if it is replaced meanwhile
         try:
-            return json.loads(data)
+            return json.loads(self.read_bytes(name))
         except ValueError as error:
             raise StoreError(f"{self._show(name)}: is not JSON: {error}; write it again") from None
 
     def write_json(self, name: str, value: Any) -> None:
         with self.open_file(name, "wb") as stream:
             stream.write((json.dumps(value, indent=2) + "\n").encode())
+
+    def version(self, name: str) -> str:
+        """An object's ETag or time of change."""
+        with self.translated(name):
+            info = self._fs.info(self._path(name))
+        return str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")
+
+    def put_if(self, name: str, data: bytes, condition: Mapping[str, str]) -> int | None:
+        """Write an object under a condition of S3's (`IfNoneMatch`, `IfMatch`); the status, if the server refuses it.
+
+        Google's buckets know such conditions by other names: there, none is asked for.
+        """
+        with self.translated(name):
+            if not self.uri.startswith("s3://"):
+                self._fs.pipe_file(self._path(name), data)
+                return None
+            bucket, _, key = self._path(name).partition("/")
+            try:
+                self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            except OSError as error:
+                status = status_of(error)
+                if condition and status in (409, 412, 501):
+                    return status
+                raise
+        return None
 
     def fetch(self, name: str, local_dir: str | Path) -> Path:
         """A local copy of a file or folder: where it is, if it is local, else in `local_dir` under its last name."""
@@ -203,7 +231,7 @@ class Store:
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         path = self._path(name)
         try:
-            with self._translate_errors(name):
+            with self.translated(name):
                 files = self._fs.find(path)
                 if not files:
                     raise FileNotFoundError(path)
@@ -233,7 +261,7 @@ class Store:
                 return
             scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
             try:
-                with self._translate_errors(name):
+                with self.translated(name):
                     shutil.copytree(source, scratch)
                     _put_in_place(scratch, target)
             finally:
@@ -241,7 +269,7 @@ class Store:
             return
         self.remove(name)
         files = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
-        with self._translate_errors(name):
+        with self.translated(name):
             for group in ([file for file in files if file not in last], [file for file in files if file in last]):
                 self._fs.put([str(source / file) for file in group], [self._path(f"{name}/{file}") for file in group])
 
@@ -252,13 +280,13 @@ class Store:
             keep: in a bucket, what the target holds stays; so a move that was interrupted can be finished.
         """
         if self.is_local:
-            with self._translate_errors(name):
+            with self.translated(name):
                 _put_in_place(Path(self._path(name)), Path(self._path(target)))
             return
         if not keep:
             self.remove(target)
         files = self.join(name).list()
-        with self._translate_errors(name):
+        with self.translated(name):
             sources = [self._path(f"{name}/{file}") for file in files]
             self._fs.copy(sources, [self._path(f"{target}/{file}") for file in files])
             self._fs.rm(sources)
@@ -267,7 +295,7 @@ class Store:
         """Remove a file or a folder with all it holds; nothing happens when it is not there. Markers go first."""
         if not name.strip("/."):
             raise StoreError(f"{self.uri}: will not remove the folder itself; name a part of it")
-        with self._translate_errors(name):
+        with self.translated(name):
             path = self._path(name)
             for marker in MARKERS:
                 if self._fs.exists(f"{path}/{marker}"):
@@ -292,18 +320,14 @@ class Store:
                 return fsspec.filesystem("gs", token="anon" if config.anonymous else None, use_listings_cache=False)
             except ImportError:
                 raise StoreError(f"{self.uri}: gs:// needs the package gcsfs: pip install 'aptp[gcs]'") from None
-        with self._translate_errors(""):
-            return fsspec.filesystem(
-                "s3",
+        with self.translated(""):
+            return PatientS3(
+                attempts=config.attempts,
                 anon=config.anonymous,
                 endpoint_url=config.endpoint,
                 profile=config.profile,
                 client_kwargs={"region_name": config.region} if config.region else {},
-                config_kwargs={
-                    "connect_timeout": _CONNECT_SECONDS,
-                    "read_timeout": config.timeout_s,
-                    "retries": {"mode": "standard", "total_max_attempts": config.attempts},
-                },
+                config_kwargs={"connect_timeout": _CONNECT_SECONDS, "read_timeout": config.timeout_s},
                 use_listings_cache=False,
             )
 
@@ -314,36 +338,11 @@ class Store:
     def _show(self, name: str) -> str:
         return f"{self.uri}/{name}" if name else self.uri
 
-    @contextmanager
-    def _translate_errors(self, name: str) -> Iterator[None]:
-        """Turn what fsspec and botocore raise into one line."""
-        shown = self._show(name)
-        try:
-            yield
-        except StoreError:
-            raise
-        except FileNotFoundError:
-            raise MissingError(f"{shown}: does not exist; check the name, and storage.endpoint for a bucket") from None
-        except PermissionError as error:
-            fix = "check its permissions"
-            if not self.is_local:
-                fix = "check the credentials, and that the bucket's policy lets them list, read and write"
-            raise StoreError(f"{shown}: access denied ({_reason(error)}): {fix}") from None
-        except (NoCredentialsError, PartialCredentialsError):
-            raise StoreError(
-                f"{shown}: no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage.profile, or "
-                "storage.anonymous for a public bucket"
-            ) from None
-        except ProfileNotFound:
-            raise StoreError(
-                f"storage.profile: {self.config.profile!r}: no such profile; name one that exists"
-            ) from None
-        except (BotoCoreError, ClientError, OSError, ValueError) as error:
-            if self.is_local or getattr(error, "errno", None) == errno.ENOSPC:
-                fix = ": make room, or name another place" if getattr(error, "errno", None) == errno.ENOSPC else ""
-                raise StoreError(f"{shown}: {_reason(error)}{fix}") from None
-            at = f" at storage.endpoint {self.config.endpoint}" if self.config.endpoint else ""
-            raise StoreError(f"{shown}: not reachable{at} ({_reason(error)}): check the endpoint and region") from None
+    def translated(self, name: str) -> AbstractContextManager[None]:
+        """In this block what fsspec and botocore raise becomes a `StoreError`."""
+        config = None if self.is_local else self.config
+        endpoint, profile = (config.endpoint, config.profile) if config else (None, None)
+        return one_line(self._show(name), self.is_local, endpoint, profile, lambda: self._fs.why(self._path(name)))
 
 
 def _put_in_place(source: Path, target: Path) -> None:
@@ -365,9 +364,3 @@ def fingerprint_of(files: Mapping[str, FileInfo]) -> str:
     for name, info in sorted(files.items()):
         digest.update(json.dumps([name, info.size, info.version]).encode())
     return digest.hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """The error's kind and first words; never all of them, since they may quote a request."""
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
