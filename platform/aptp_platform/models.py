@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 
 from aptp.codes import PruningSpace
 from aptp.sites import Granule, any_order, outermost_first, read_space
 from aptp_platform.config import PACKAGE, ModelConfig, SpaceSection, StorageConfig
 from aptp_platform.pipeline_folder import check_folder, load_scheduler, read_json, require_part, weights_variant
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.storage.store import Store
 
 
@@ -69,11 +73,19 @@ def fetch_model(spec: str, storage: StorageConfig) -> Path:
     store.require("**", "model")
     digest = hashlib.sha256(f"{store.uri} {store.fingerprint()}".encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / "aptp-models" / digest
-    name = store.uri.rpartition("/")[2]
+    parent, _, name = store.uri.rpartition("/")
     if not (folder / name).is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        parent, _, last = store.uri.rpartition("/")
-        Store.open(parent, storage).fetch(last, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=folder.parent))
+        try:
+            Store.open(parent, storage).fetch(name, own)
+            own.chmod(0o755)
+            with contextlib.suppress(OSError):  # another process was here first: its copy is the same
+                own.rename(folder)
+            if not (folder / name).is_dir():
+                raise ValueError(f"{folder}: cannot be made: make room, or check the folder's permissions")
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
     return folder / name
 
 
@@ -168,19 +180,49 @@ def _load_tokenizer(folder: Path) -> Any:
 def _load(kind: Any, folder: Path, part: str, config: ModelConfig) -> Any:
     if part:
         require_part(folder, part, config.pipeline)
+    return load_whole(kind, folder / part)
+
+
+def load_whole(kind: Any, folder: Path) -> Any:
+    """A network of this class from a folder of safetensors: fp32, evaluation mode, no gradients, every tensor a file's.
+
+    Raises:
+        DamagedError: a file is damaged, or lacks a tensor that the network has.
+        ValueError: it does not load.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        require_whole(file)
     options: dict[str, Any] = {"dtype": torch.float32}
     if kind.__module__.startswith("diffusers"):  # which warns at length where `accelerate` is not installed
         options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    options["variant"] = weights_variant(folder / part)
+    options["variant"] = weights_variant(folder)
     try:
-        model = kind.from_pretrained(folder / part, use_safetensors=True, local_files_only=True, **options)
+        model, found = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{folder / part}: does not load as {kind.__name__} from safetensors: {reason}; save it again with "
+            f"{folder}: does not load as {kind.__name__} from safetensors: {reason}; save it again with "
             "save_pretrained(..., safe_serialization=True)"
         ) from None
+    if missing := sorted(map(str, found["missing_keys"])):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DamagedError(
+            f"{folder}: its files lack {missing[0]}{more}, which a {kind.__name__} has; it would be made up: copy or "
+            "save the model again"
+        )
     return model.eval().requires_grad_(False)
+
+
+def require_whole(file: Path) -> None:
+    """DamagedError if a safetensors file is cut off, or none at all."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DamagedError(f"{file}: is damaged ({reason}): copy or save it again") from None
 
 
 def _package_folder(name: str) -> Path:

@@ -1,15 +1,19 @@
 """Models come from folders, buckets and packages; what loads is what diffusers loads, what is missing is named."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from aptp_platform.config import ModelConfig, StorageConfig
 from aptp_platform.models import check_pipeline, fetch_model, load_pipeline_parts, load_vae
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.storage.store import Store
 from tests.support.captioned import write_text_encoder
 from tests.support.tiny_pipeline import NUM_TOKENS, build_pipeline
@@ -86,6 +90,47 @@ def test_a_model_from_a_bucket_is_fetched_once_and_again_when_it_changes(folder,
     assert (second / "unet").is_dir()
     with pytest.raises(ValueError, match="s3://models/absent: does not exist"):
         fetch_model("s3://models/absent", storage)
+
+
+FETCH = """
+import sys, tempfile
+from aptp_platform.config import StorageConfig
+from aptp_platform.models import fetch_model
+tempfile.tempdir = sys.argv[1]
+print("ready", flush=True)
+sys.stdin.readline()
+folder = fetch_model("s3://raced/sd", StorageConfig(endpoint=sys.argv[2]))
+print(*sorted(str(path.stat().st_size) for path in folder.rglob("*") if path.is_file()))
+"""
+
+
+def test_processes_that_fetch_one_model_at_once_do_not_disturb_each_other(folder, s3_server, tmp_path):
+    Store.open(s3_server.bucket("raced"), StorageConfig(endpoint=s3_server.endpoint)).publish(folder, "sd")
+    command = [sys.executable, "-c", FETCH, str(tmp_path), s3_server.endpoint]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    found = {process.communicate(timeout=120)[0] for process in started}
+    assert found == {" ".join(sorted(str(path.stat().st_size) for path in folder.rglob("*") if path.is_file())) + "\n"}
+    assert [path.name.startswith(".") for path in (tmp_path / "aptp-models").iterdir()] == [False]
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_file_that_lacks_a_tensor_or_is_cut_off_is_refused(folder, tmp_path, part):
+    shutil.copytree(folder, tmp_path / "damaged")
+    (file,) = (tmp_path / "damaged" / part).glob("*.safetensors")
+    weights = load_file(file)
+    gone = sorted(weights)[3]
+    save_file({name: tensor for name, tensor in weights.items() if name != gone}, file, metadata={"format": "pt"})
+    with pytest.raises(DamagedError, match=rf"damaged/{part}: its files lack \S*{gone}, which a \w+ has"):
+        load_pipeline_parts(config(tmp_path / "damaged"), LOCAL)
+    shutil.copy(next((folder / part).glob("*.safetensors")), file)
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(DamagedError, match=rf"^{file}: is damaged \(.*\): copy or save it again$"):
+        load_pipeline_parts(config(tmp_path / "damaged"), LOCAL)
 
 
 def test_a_folder_without_a_unet_is_named(folder, tmp_path):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from jaxtyping import Float16
 from ray.data.block import BlockAccessor
 from ray.data.extensions import ArrowVariableShapedTensorArray
 
+from aptp_platform.storage.errors import DamagedError, StoreError
 from aptp_platform.storage.store import Store
 
 READER_CPUS = 0.1
@@ -75,7 +77,9 @@ def encoded_table(
 def write_table(store: Store, name: str, table: pa.Table) -> None:
     """Write one Parquet file, atomically."""
     with store.open_file(name, "wb") as stream:
-        pq.write_table(table, stream, row_group_size=GROUP_ROWS, compression="zstd", use_dictionary=False)
+        pq.write_table(table, stream, row_group_size=GROUP_ROWS, compression="zstd", use_dictionary=False,
+            write_page_checksum=True,
+        )  # fmt: skip
 
 
 def write_rows(store: Store, without_latents: Sequence[str], table: pa.Table) -> pa.Table:
@@ -101,9 +105,29 @@ def write_rows(store: Store, without_latents: Sequence[str], table: pa.Table) ->
     return pa.Table.from_pylist(written, WRITTEN)
 
 
+@contextmanager
+def read_parquet_file(store: Store, name: str) -> Iterator[IO[bytes]]:
+    """A Parquet file of the run as a stream, to be read in the block.
+
+    Raises:
+        DamagedError: it is not whole.
+    """
+    with store.open_file(name) as stream:
+        try:
+            yield stream
+        except StoreError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise DamagedError(
+                f"{store.uri}/{name}: is damaged ({type(error).__name__}: {reason}): bring it back from a copy, or run "
+                "the job that wrote it with --restart"
+            ) from None
+
+
 def latent_shape(store: Store, name: str) -> tuple[int, ...]:
     """Channels, height and width of the latents of a file's rows, whether they are in it or not."""
-    with store.open_file(name) as stream:
+    with read_parquet_file(store, name) as stream:
         schema = pq.read_schema(stream)
     if "latents" in schema.names:
         return tuple(schema.field("latents").type.shape)
@@ -129,7 +153,7 @@ def read_encoded(store: Store, columns: Sequence[str] | None = None) -> list[dic
 
 def read_table(store: Store, name: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows of one file as dictionaries; tensors are numpy arrays."""
-    with store.open_file(name) as stream:
-        table = pq.read_table(stream, columns=list(columns) if columns else None)
+    with read_parquet_file(store, name) as stream:
+        table = pq.read_table(stream, columns=list(columns) if columns else None, page_checksum_verification=True)
     rows: list[Any] = list(BlockAccessor.for_block(table).iter_rows(public_row_format=True))
     return rows

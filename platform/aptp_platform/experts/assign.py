@@ -20,7 +20,7 @@ import torch
 from aptp.router import Router
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.data.encode import translated_errors
-from aptp_platform.data.encoded import READER_CPUS, write_table
+from aptp_platform.data.encoded import READER_CPUS, read_parquet_file, write_table
 from aptp_platform.run.layout import ASSIGNED, ROUTER, SHARED, TRAIN_ROWS, home
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
@@ -82,8 +82,8 @@ class Assigner:
         return pa.Table.from_pylist([self._route(str(name)) for name in batch["name"]], _ROUTED)
 
     def _route(self, name: str) -> dict[str, list[int]]:
-        with self.encoded.open_file(name) as stream:
-            table = pq.read_table(stream, columns=["key", "embeddings"])
+        with read_parquet_file(self.encoded, name) as stream:
+            table = pq.read_table(stream, columns=["key", "embeddings"], page_checksum_verification=True)
         embeddings = table["embeddings"].combine_chunks().to_pylist()
         rows = torch.from_numpy(np.concatenate(embeddings)).float()
         routes = self.router.route_embeddings(rows)

@@ -16,7 +16,7 @@ from aptp.expert import BaseModel, save_expert
 from aptp.slicing import slice_unet
 from aptp_platform.config import ConfigError, RunConfig
 from aptp_platform.data.encoded import latent_size
-from aptp_platform.models import load_pipeline_parts
+from aptp_platform.models import load_pipeline_parts, load_whole
 from aptp_platform.run.layout import CUT, SHARED, TRAIN_ROWS, UNET, assigned_router, home, network_of
 from aptp_platform.run.progress import Progress
 from aptp_platform.storage.store import Store
@@ -72,7 +72,7 @@ def _trained(config: RunConfig, unet: nn.Module, *, shared: bool) -> nn.Module:
     if shared and trained.exists(f"{UNET}/config.json"):
         with tempfile.TemporaryDirectory() as scratch:
             folder = trained.fetch(UNET, scratch)
-            return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+            return load_whole(UNet2DConditionModel, folder)
     return unet
 
 

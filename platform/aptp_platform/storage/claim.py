@@ -55,8 +55,8 @@ class Claim:
 
     def make(self, facts: dict[str, Any]) -> bool:
         """Write the file if there is none; whether it was written."""
-        if not self._store.is_local:
-            return self._put(facts, {"IfNoneMatch": "*"})
+        if not self._store.is_local:  # looked at first: a server that knows no conditions would overwrite it
+            return self.read() is None and self._put(facts, {"IfNoneMatch": "*"})
         with self._store.translated(self._name):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -98,8 +98,10 @@ class Claim:
             os.utime(self._path)
 
     def is_exclusive(self, facts: dict[str, Any]) -> bool:
-        """Whether the store refuses to make the file, which is there, once more."""
-        return self._store.is_local or not self.make(facts)
+        """Whether the store refuses to make the file, which this process has made, once more."""
+        return (
+            self._store.is_local or self._store.put_if(self._name, _bytes(facts), {"IfNoneMatch": "*"}) in _NOT_AS_READ
+        )
 
     def remove(self) -> None:
         self._store.remove(self._name)

@@ -66,7 +66,7 @@ class Lease:
         self._holder = threading.get_ident()
         if not self._claim.make(self._facts()):
             self._take_over()
-        elif not self._claim.is_exclusive(self._facts()):
+        if not self._claim.is_exclusive(self._facts()):
             print(
                 f"warning: {self._what}: this store ignores If-None-Match, so two jobs that start within "
                 f"{self._beat_s:g} s can both go on; start one at a time",

@@ -1,6 +1,7 @@
 """What a disk or a bucket refuses, as one line: which file, the server's own reason, what to change."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,7 @@ def one_line(
         raise StoreError(f"storage.profile: {profile!r}: no such profile; name one that exists") from None
     except (BotoCoreError, ClientError, OSError, ValueError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or os.strerror(errno.ENOSPC) in str(error)  # of several files that were copied
         if local or full:
             fix = ": make room, or name another place" if full else ""
             raise StoreError(f"{shown}: {_reason(error, why)}{fix}") from None

@@ -187,8 +187,9 @@ class Store:
             return self._fs.cat_file(self._path(name))  # one request: an open file fails if it is replaced meanwhile
 
     def read_json(self, name: str) -> Any:
+        data = self.read_bytes(name)
         try:
-            return json.loads(self.read_bytes(name))
+            return json.loads(data)
         except ValueError as error:
             raise StoreError(f"{self._show(name)}: is not JSON: {error}; write it again") from None
 

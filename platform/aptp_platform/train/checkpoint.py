@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aptp_platform.config import ConfigError
 from aptp_platform.run.facts import differences
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.train.engine import restore_moments, trainable, whole_state
 
 _INDEX = "checkpoint.json"
@@ -49,16 +50,20 @@ class Restored:
     """A whole checkpoint, open for reading.
 
     Raises:
-        ConfigError: it was written under another config (what differs is named), or a part of it is missing.
+        ConfigError: it was written under another config (what differs is named), or after more steps than are wanted.
+        DamagedError: a part of it is missing or does not read.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._open = ExitStack()
-        index = json.loads((folder / _INDEX).read_text())
+        try:
+            index = json.loads((folder / _INDEX).read_text())
+        except (OSError, ValueError) as error:
+            raise _damaged(folder, f"{_INDEX} does not read: {error}") from None
         if found := differences(index["config"], dict(config)):
             raise ConfigError(
                 f"{folder}: this checkpoint belongs to another config ({'; '.join(found[:3])}): give the run a "
-                "root of its own, or remove its checkpoints"
+                "root of its own, or start the stage anew with --restart"
             )
         self.step: int = index["step"]
         self.ranks: int = index["ranks"]
@@ -66,13 +71,13 @@ class Restored:
         for rank in range(self.ranks):
             path = folder / _file(rank, self.ranks)
             if path.is_file():
-                opened = self._open.enter_context(safe_open(path, framework="pt"))
+                try:
+                    opened = self._open.enter_context(safe_open(path, framework="pt"))
+                except (OSError, SafetensorError) as error:
+                    raise _damaged(folder, f"{path.name} does not read: {error}") from None
                 self._files |= dict.fromkeys(opened.keys(), opened)
         if missing := sorted(set(index["names"]) - set(self._files)):
-            raise ConfigError(
-                f"{folder}: a part of this checkpoint is missing ({len(missing)} tensors, {missing[0]} first): remove "
-                "it and go on from the one before"
-            )
+            raise _damaged(folder, f"a part is missing: {len(missing)} tensors, {missing[0]} first")
 
     def __enter__(self) -> "Restored":
         return self
@@ -100,6 +105,13 @@ class Restored:
 def _buffers(module: nn.Module) -> dict[str, Tensor]:
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
+
+
+def _damaged(folder: Path, why: str) -> DamagedError:
+    return DamagedError(
+        f"{folder}: this checkpoint is damaged ({' '.join(why.split())[:200]}): bring it back from a copy, or start "
+        "the stage anew with --restart"
+    )
 
 
 def _file(rank: int, ranks: int) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aptp.latents import Batch
 from aptp.losses import LossTerms
 from aptp.noise import Noise
-from aptp_platform.config import TrainingConfig
+from aptp_platform.config import ConfigError, TrainingConfig
 from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.curve import Curve
@@ -190,6 +190,11 @@ def _begin(module: nn.Module, spec: TrainingSpec) -> tuple[Any, int]:
     if checkpoint is None:
         return build_engine(module, spec.training), 0
     with checkpoint.as_directory() as folder, Restored(Path(folder), spec.depends_on()) as restored:
+        if restored.step > spec.training.steps:
+            raise ConfigError(
+                f"{spec.name}: run.steps: {spec.training.steps}: its checkpoint has {restored.step} steps behind it: "
+                "set at least as many, or start the stage anew with --restart"
+            )
         restored.fill(module)
         engine = build_engine(module, spec.training)
         restored.fill_moments(engine)

@@ -21,13 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import ray.data
+import ray.exceptions
 import torch
 from jaxtyping import Float, Int
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
 from aptp_platform.config import ConfigError
-from aptp_platform.data.encoded import choose_caption, read_table, row_identity
+from aptp_platform.data.encoded import choose_caption, read_parquet_file, read_table, row_identity
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.storage.store import Store
 from aptp_platform.train.source import LatentEncoder, Source
 
@@ -100,7 +102,13 @@ class Stream:
         dataset.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
             object_store_memory=self.prefetch_bytes
         )
-        yield from islice(dataset.iter_batches(batch_size=batch_size // ranks, prefetch_batches=2), stop - start)
+        dataset.context.raise_original_map_exception = True
+        try:
+            yield from islice(dataset.iter_batches(batch_size=batch_size // ranks, prefetch_batches=2), stop - start)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, DamagedError):
+                raise DamagedError(str(error.cause).partition("\nFailed to apply")[0]) from None
+            raise
 
     def embeddings(self, limit: int) -> Float[Tensor, "row dim"]:
         """Sentence embeddings of at most `limit` rows, evenly taken from a few files; one caption of each."""
@@ -210,7 +218,7 @@ def files_of(encoded: Store) -> tuple[EncodedFile, ...]:
     """Every file of an encoded data set with its number of rows."""
 
     def measure(name: str) -> EncodedFile:
-        with encoded.open_file(name) as stream:
+        with read_parquet_file(encoded, name) as stream:
             return EncodedFile(name, pq.read_metadata(stream).num_rows)
 
     names = encoded.require("*.parquet", "root, or run the encode job first")

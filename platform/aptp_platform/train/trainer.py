@@ -15,9 +15,16 @@ import ray
 import ray.cloudpickle as cloudpickle
 import torch
 from diffusers import UNet2DConditionModel
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig as TrainRunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig as TrainRunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from aptp.cost import cost_table
 from aptp_platform.config import ConfigError, EncodeConfig, RunConfig, TrainingConfig
@@ -41,6 +48,7 @@ from aptp_platform.run.layout import (
 )
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.storage.store import Store
 from aptp_platform.train.engine import check_engine
 from aptp_platform.train.loop import SCORE, Summary, TrainingSpec, train
@@ -48,6 +56,8 @@ from aptp_platform.train.sharing import ShareSpec
 from aptp_platform.train.source import Source
 from aptp_platform.train.specs import FinetuneSpec, PruneSpec
 from aptp_platform.train.stream import READER_CPUS, READERS, Stream, files_by_code, files_of
+
+_LASTING = (ConfigError, DamagedError)
 
 
 def prune(config: RunConfig, teacher: Mapping[str, float] | None = None, callbacks: Sequence[Any] = ()) -> Summary:
@@ -136,7 +146,7 @@ def fit(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any] = (
         if found := differences(before["config"], depends_on):
             raise ConfigError(
                 f"{run.uri}: its checkpoints belong to another config ({'; '.join(found[:3])}): give the run a root of "
-                "its own, or remove that folder"
+                "its own, or start the stage anew with --restart"
             )
         if before.get("steps") == spec.training.steps:
             return before["summary"]
@@ -222,6 +232,16 @@ def _stream(config: RunConfig, training: TrainingConfig) -> Stream:
     )
 
 
+class _EndAtOnce(UserCallback):
+    """Ends a run whose workers found what no restart of them mends: what this raises, Ray Train does not retry."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for failure in worker_exceptions.values():
+            cause = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, _LASTING):
+                raise cause
+
+
 def _run_group(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any]) -> Summary:
     training = spec.training
     resources = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
@@ -245,14 +265,22 @@ def _run_group(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[A
                 checkpoint_score_order="min",
             ),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, _EndAtOnce()],  # type: ignore[list-item]
         ),
     )
+    cause: Any
     try:
         return trainer.fit().return_value
+    except ControllerError as error:
+        cause = error.controller_failure
+        while isinstance(cause, ControllerError):
+            cause = cause.controller_failure
+        if isinstance(cause, _LASTING):
+            raise ConfigError(str(cause)) from error
+        raise
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
-            cause: Any = getattr(failure, "_base_exc", failure)
+            cause = getattr(failure, "_base_exc", failure)
             if isinstance(cause, ValueError):
                 raise ConfigError(str(cause)) from error
             if isinstance(cause, ray.exceptions.OutOfDiskError):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aptp_platform.data.encoded import choose_caption, encoded_table, read_encoded, write_table
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.storage.store import Store
 
 
@@ -72,3 +73,15 @@ def test_the_choice_is_fair_over_keys_and_differs_between_seeds():
     assert 0.2 < np.mean(np.array(first) == np.array(other)) < 0.3
     with pytest.raises(ValueError, match="key-1: has 0 captions"):
         choose_caption("key-1", 0, 0, 0)
+
+
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path):
+    store = Store.open(tmp_path)
+    file = tmp_path / "part-0.parquet"
+    write_table(store, file.name, encoded_table(**rows(0, 300)))
+    whole = file.read_bytes()
+    half = len(whole) // 2
+    for damaged in (whole[:half], b"", whole[:half] + bytes(64) + whole[half + 64 :]):
+        file.write_bytes(damaged)
+        with pytest.raises(DamagedError, match=rf"^{file}: is damaged \([^\n]+\): bring it back[^\n]+$"):
+            read_encoded(store)

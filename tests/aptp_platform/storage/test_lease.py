@@ -173,5 +173,7 @@ def test_a_store_that_knows_no_conditions_is_named(
     bucket = S3Server(fault_proxy.endpoint).bucket("unconditional")
     store = Store.open(bucket, StorageConfig(endpoint=fault_proxy.endpoint))
     with lease(store) as held:
+        with pytest.raises(LeaseError, match="another run works on it"):
+            lease(store).__enter__()
         held.require()
     assert "s3://unconditional: prune: this store ignores If-None-Match" in capsys.readouterr().err

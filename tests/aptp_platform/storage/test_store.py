@@ -9,7 +9,7 @@ import pytest
 import ray.data
 
 from aptp_platform.config import StorageConfig
-from aptp_platform.storage.errors import StoreError
+from aptp_platform.storage.errors import MissingError, StoreError
 from aptp_platform.storage.store import Store
 from tests.support.s3_server import S3Server
 
@@ -54,6 +54,8 @@ def test_json_and_pickle_round_trips(store):
     again = pickle.loads(pickle.dumps(store))
     assert again == store
     assert again.read_json("a/stage.json") == {"rows": 3}
+    with pytest.raises(MissingError):
+        again.read_json("absent.json")
     write(store, "bad.json", "{")
     with pytest.raises(StoreError, match=r"bad\.json: is not JSON"):
         store.read_json("bad.json")

@@ -1,6 +1,7 @@
 """Whole state in, whole state out, whatever is partitioned; settings that exclude each other; precision by network."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aptp_platform.config import ConfigError, EngineConfig, TrainingConfig
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.train.checkpoint import Restored
 from aptp_platform.train.engine import check_engine, compute_in, learning_rate_at
 from aptp_platform.train.specs import result_of
@@ -48,8 +50,15 @@ def _check_files(folder: Path) -> None:
     ]
     with pytest.raises(ConfigError, match=r"another config \(prune.batch_size: 4, now 8\)"):
         Restored(folder, {"seed": 0, "prune": {"batch_size": 8}})
-    (folder / "rank-01-of-02.safetensors").unlink()
-    with pytest.raises(ConfigError, match="a part of this checkpoint is missing"):
+    part = folder / "rank-01-of-02.safetensors"
+    os.truncate(part, part.stat().st_size - 1)
+    with pytest.raises(DamagedError, match=rf"^{folder}: this checkpoint is damaged \({part.name} does not read: .*"):
+        Restored(folder, CONFIG)
+    part.unlink()
+    with pytest.raises(DamagedError, match=r"damaged \(a part is missing: \d+ tensors, \S+ first\): bring it back"):
+        Restored(folder, CONFIG)
+    (folder / "checkpoint.json").write_text("{")
+    with pytest.raises(DamagedError, match=r"damaged \(checkpoint.json does not read: "):
         Restored(folder, CONFIG)
 
 
