@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -97,8 +98,6 @@ import sys, tempfile
 from aptp_platform.config import StorageConfig
 from aptp_platform.models import fetch_model
 tempfile.tempdir = sys.argv[1]
-print("ready", flush=True)
-sys.stdin.readline()
 folder = fetch_model("s3://raced/sd", StorageConfig(endpoint=sys.argv[2]))
 print(*sorted(str(path.stat().st_size) for path in folder.rglob("*") if path.is_file()))
 """
@@ -107,13 +106,9 @@ print(*sorted(str(path.stat().st_size) for path in folder.rglob("*") if path.is_
 def test_processes_that_fetch_one_model_at_once_do_not_disturb_each_other(folder, s3_server, tmp_path):
     Store.open(s3_server.bucket("raced"), StorageConfig(endpoint=s3_server.endpoint)).publish(folder, "sd")
     command = [sys.executable, "-c", FETCH, str(tmp_path), s3_server.endpoint]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, **pipes) for _ in range(3)]
-    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
-    for process in started:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    found = {process.communicate(timeout=120)[0] for process in started}
+    with ThreadPoolExecutor(3) as threads:
+        started = [threads.submit(subprocess.run, command, capture_output=True, text=True, check=True) for _ in "abc"]
+    found = {each.result().stdout for each in started}
     assert found == {" ".join(sorted(str(path.stat().st_size) for path in folder.rglob("*") if path.is_file())) + "\n"}
     assert [path.name.startswith(".") for path in (tmp_path / "aptp-models").iterdir()] == [False]
 
