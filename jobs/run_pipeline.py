@@ -5,19 +5,27 @@ If the config names `experiment.budgets`, the method's opponents are trained aft
 ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/run_pipeline.py --config jobs/configs/bucket.yaml
 """
 
+from collections.abc import Collection
+
 from aptp_platform.config import RunConfig
-from aptp_platform.run.job import run_function
-from aptp_platform.run.path import STAGES, run_stage
+from aptp_platform.run.facts import Facts
+from aptp_platform.run.job import run_restartable
+from aptp_platform.run.path import run_stage
+from aptp_platform.run.stages import STAGES
 
 
-def run_pipeline(config: RunConfig) -> None:
+def run_pipeline(config: RunConfig, restart: Collection[str]) -> None:
+    """A stage that is started anew starts those after it anew as well, where they read it."""
+    known, later = Facts(config), False
     for stage in STAGES:
-        run_stage(stage, config)
+        again = stage in restart
+        run_stage(stage, config, restart="yes" if again else "changed" if later else "no", known=known)
+        later = later or again
     if config.experiment.budgets:
         from aptp_platform.experts.experiment.runs import experiment
 
-        experiment(config)
+        experiment(config, restart)
 
 
 if __name__ == "__main__":
-    run_function(run_pipeline, __doc__)
+    run_restartable(run_pipeline, list(STAGES), __doc__)

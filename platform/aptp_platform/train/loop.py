@@ -24,6 +24,7 @@ from aptp.latents import Batch
 from aptp.losses import LossTerms
 from aptp.noise import Noise
 from aptp_platform.config import ConfigError, TrainingConfig
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.storage.store import Store
 from aptp_platform.train.checkpoint import Restored, save_checkpoint
 from aptp_platform.train.curve import Curve
@@ -33,6 +34,8 @@ from aptp_platform.train.events import Events, should_log
 NOTICE_EVERY = 10  # steps; all ranks ask together whether a node of theirs is about to go
 
 SCORE = "loss"  # of a checkpoint: the mean since the one before
+LASTING = (ConfigError, DamagedError)  # what no restart of the workers mends
+
 CURVE = "curve"  # what held-out rows have lost so far: the points as plain data
 
 Summary = dict[str, Any]
@@ -139,6 +142,16 @@ def train(settings: dict[Any, Any]) -> Summary | None:
                     events.publish(done)
     values = {name: state["value"].cpu().clone() for name, state in whole_state(engine, moments=False)}
     return work.finish(values) if rank == 0 else None
+
+
+class EndAtOnce(ray.train.UserCallback):
+    """Ends a run whose workers found what no restart of them mends: what this raises, Ray Train does not retry."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for failure in worker_exceptions.values():
+            cause = getattr(failure, "_base_exc", failure)
+            if isinstance(cause, LASTING):
+                raise cause
 
 
 class _GatherRows(torch.autograd.Function):

@@ -15,14 +15,7 @@ import ray
 import ray.cloudpickle as cloudpickle
 import torch
 from diffusers import UNet2DConditionModel
-from ray.train import (
-    CheckpointConfig,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig as TrainRunConfig,
-    ScalingConfig,
-    UserCallback,
-)
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig as TrainRunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -48,16 +41,13 @@ from aptp_platform.run.layout import (
 )
 from aptp_platform.run.progress import Progress
 from aptp_platform.run.resources import require_room
-from aptp_platform.storage.errors import DamagedError
 from aptp_platform.storage.store import Store
 from aptp_platform.train.engine import check_engine
-from aptp_platform.train.loop import SCORE, Summary, TrainingSpec, train
+from aptp_platform.train.loop import LASTING, SCORE, EndAtOnce, Summary, TrainingSpec, train
 from aptp_platform.train.sharing import ShareSpec
 from aptp_platform.train.source import Source
 from aptp_platform.train.specs import FinetuneSpec, PruneSpec
 from aptp_platform.train.stream import READER_CPUS, READERS, Stream, files_by_code, files_of
-
-_LASTING = (ConfigError, DamagedError)
 
 
 def prune(config: RunConfig, teacher: Mapping[str, float] | None = None, callbacks: Sequence[Any] = ()) -> Summary:
@@ -232,16 +222,6 @@ def _stream(config: RunConfig, training: TrainingConfig) -> Stream:
     )
 
 
-class _EndAtOnce(UserCallback):
-    """Ends a run whose workers found what no restart of them mends: what this raises, Ray Train does not retry."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for failure in worker_exceptions.values():
-            cause = getattr(failure, "_base_exc", failure)
-            if isinstance(cause, _LASTING):
-                raise cause
-
-
 def _run_group(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[Any]) -> Summary:
     training = spec.training
     resources = {"CPU": training.cpus_per_worker, "GPU": training.gpus_per_worker}
@@ -265,7 +245,7 @@ def _run_group(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[A
                 checkpoint_score_order="min",
             ),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[*callbacks, _EndAtOnce()],  # type: ignore[list-item]
+            callbacks=[*callbacks, EndAtOnce()],  # type: ignore[list-item]
         ),
     )
     cause: Any
@@ -275,7 +255,7 @@ def _run_group(spec: TrainingSpec, runs: Store, name: str, callbacks: Sequence[A
         cause = error.controller_failure
         while isinstance(cause, ControllerError):
             cause = cause.controller_failure
-        if isinstance(cause, _LASTING):
+        if isinstance(cause, LASTING):
             raise ConfigError(str(cause)) from error
         raise
     except WorkerGroupError as error:
