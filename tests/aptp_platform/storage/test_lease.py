@@ -158,7 +158,7 @@ with Lease(store, "prune", beat_s=0.1, dead_s=1.0) as held:
 def test_a_full_disk_is_one_line_and_loses_no_lease(tmp_path: Path) -> None:
     mount = f"mount -t tmpfs -o size=128k none {tmp_path} && exec {sys.executable} -c '{FULL}' {tmp_path}"
     run = subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, text=True, timeout=60)
-    if "Operation not permitted" in run.stderr:
+    if run.returncode and "Traceback" not in run.stderr:
         pytest.skip("no name space of its own may be made here, and no small disk mounted in it")
     assert run.returncode == 0, run.stderr
     full, refused = run.stdout.splitlines()
