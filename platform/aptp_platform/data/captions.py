@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 
+from aptp_platform.config import DataConfig
 from aptp_platform.data.formats.listing import read_coco, read_image_folder, read_table_of_files
 from aptp_platform.data.formats.parquet import read_parquet
 from aptp_platform.data.formats.tar import read_shard
@@ -25,9 +26,6 @@ from aptp_platform.data.text import printable
 from aptp_platform.run.sources import DataFiles, data_files
 from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.store import StorageConfig, Store
-
-if TYPE_CHECKING:
-    from aptp_platform.config import DataConfig  # brings torch, which no reading task needs
 
 READER_CPUS = 0.1  # must differ from the actors' CPU request: Ray Data fuses operators with equal resources
 PROBED_ROWS = 8

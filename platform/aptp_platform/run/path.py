@@ -128,11 +128,6 @@ def forget(config: RunConfig) -> None:
         remove_stage(root, stage)
 
 
-def fingerprint(name: str, config: RunConfig) -> str:
-    """What the result of a stage depends on, as one hash."""
-    return Facts(config).fingerprint(name)
-
-
 def _changed(name: str, config: RunConfig, known: Facts, record: dict[str, Any]) -> list[str]:
     """What is not as it was when a stage was made, the stages before it included."""
     before, now = record.get("facts"), known.of(name)

@@ -4,7 +4,7 @@ A listing of images (`metadata.jsonl`, COCO, a table) stands for the files besid
 stage touches anything; what is missing or cannot be listed raises.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from aptp_platform.config import PACKAGE, DataConfig, ModelConfig, StorageConfig
 from aptp_platform.storage.store import Store, fingerprint_of
 from aptp_platform.storage.walk import FileInfo, matches
 
-_LISTINGS = (".jsonl", ".json", ".tsv")
+LISTINGS = (".jsonl", ".json", ".tsv")  # endings of files that name images beside them
 _MODEL_ENDINGS = (".json", ".safetensors", ".txt", ".model")  # not the card or its pictures
 _VAE = "vae/"
 _UNUSED_PARTS = (_VAE, "safety_checker/", "feature_extractor/")
@@ -27,11 +27,9 @@ class DataFiles:
     images: Mapping[str, FileInfo]
 
 
-def images_folder(listing: str) -> str | None:
-    """The folder of a listing's images, by the listing's name; None if it is none. `data/formats/listing.py` reads them
-    there; a COCO file names it by its ending."""
-    if not listing.lower().endswith(_LISTINGS):
-        return None
+def images_folder(listing: str) -> str:
+    """Where the images of a listing are, by its name: in its own folder; those of COCO's `annotations/captions_X.json`
+    in `X/` beside `annotations/`."""
     folder, _, name = listing.rpartition("/")
     if not name.lower().endswith(".json"):
         return folder
@@ -46,14 +44,14 @@ def data_files(config: DataConfig, storage: StorageConfig) -> DataFiles:
     """
     store = Store.open(config.source, storage)
     patterns = {"train": config.train, "heldout": config.heldout}
-    deep = any(pattern.lower().endswith(_LISTINGS) for pattern in patterns.values())
+    deep = any(_is_listing(pattern) for pattern in patterns.values())
     found = store.files("**") if deep else store.files(*patterns.values())
     splits = {name: {n: f for n, f in found.items() if matches(n, each)} for name, each in patterns.items()}
     for split, pattern in patterns.items():
         if not splits[split]:
             store.require(pattern, f"data.source or data.{split}")
     given = {**splits["train"], **splits["heldout"]}
-    folders = {folder for name in given if (folder := images_folder(name)) is not None}
+    folders = {images_folder(name) for name in given if _is_listing(name)}
     if folders and not deep:
         found = store.files("**")
     images = {
@@ -62,6 +60,10 @@ def data_files(config: DataConfig, storage: StorageConfig) -> DataFiles:
         if name not in given and any(not folder or name.startswith(f"{folder}/") for folder in folders)
     }
     return DataFiles(splits["train"], splits["heldout"], images)
+
+
+def _is_listing(name: str) -> bool:
+    return name.lower().endswith(LISTINGS)
 
 
 def data_facts(files: DataFiles) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def _model_files(field: str, spec: str, storage: StorageConfig) -> Mapping[str, 
     return files
 
 
-def _part(files: Mapping[str, FileInfo] | str, belongs: Any = lambda name: True) -> Any:
+def _part(files: Mapping[str, FileInfo] | str, belongs: Callable[[str], bool] = lambda name: True) -> Any:
     return files if isinstance(files, str) else _facts({name: f for name, f in files.items() if belongs(name)})
 
 
@@ -114,9 +116,3 @@ def _facts(files: Mapping[str, FileInfo]) -> dict[str, Any]:
         "bytes": sum(info.size for info in files.values()),
         "sha256": fingerprint_of(files),
     }
-
-
-def newest(files: Sequence[Mapping[str, FileInfo]]) -> str | None:
-    """The name of the file that was changed last."""
-    every = {name: info for group in files for name, info in group.items()}
-    return max(every, key=lambda name: every[name].changed, default=None)

@@ -14,11 +14,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file as it is now. version: a bucket's ETag, or the time of the last change; changed: that time, comparable."""
+    """A file as it is now. version: a bucket's ETag, or the time of the last change."""
 
     size: int
     version: str
-    changed: str
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -51,9 +50,9 @@ def files_on_disk(root: str, patterns: Sequence[str]) -> dict[str, FileInfo]:
                     facts = entry.stat()
                 except FileNotFoundError:
                     if entry.is_symlink():  # reading it says that it leads nowhere; left out, nobody would know
-                        found[name] = FileInfo(0, "a link to nothing", "")
+                        found[name] = FileInfo(0, "a link to nothing")
                     continue
-                found[name] = FileInfo(facts.st_size, str(facts.st_mtime_ns), f"{facts.st_mtime_ns:020d}")
+                found[name] = FileInfo(facts.st_size, str(facts.st_mtime_ns))
     return found
 
 
@@ -63,9 +62,8 @@ def files_in_bucket(filesystem: Any, root: str, patterns: Sequence[str]) -> dict
     for key, info in _objects(filesystem, root, patterns):
         name = key[len(root) :].lstrip("/")
         if name and not name.endswith("/") and any(matches(name, pattern) for pattern in patterns):
-            changed = str(info.get("LastModified") or info.get("updated") or "")
-            version = info.get("ETag") or info.get("etag") or changed
-            found[name] = FileInfo(int(info["size"]), str(version), changed)
+            version = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("updated") or ""
+            found[name] = FileInfo(int(info["size"]), str(version))
     return found
 
 

@@ -1,17 +1,16 @@
 """What a stage's result depends on: no more, so that a run can go on elsewhere, and no less, so that it is its own."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from aptp_platform.config import RunConfig
 from aptp_platform.config_file import with_fields
-from aptp_platform.data.captions import read_file
+from aptp_platform.data.captions import FORMATS, read_file
 from aptp_platform.data.sample import CaptionedImage
 from aptp_platform.run.facts import Facts, changes, only_longer
-from aptp_platform.run.sources import data_files, images_folder
+from aptp_platform.run.sources import LISTINGS, data_files
 from aptp_platform.run.stages import STAGES
 from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.store import Store
@@ -74,34 +73,25 @@ def test_a_field_that_changes_a_result_changes_it_from_its_stage_on(
     assert found[0].startswith(f"{field}: ")
 
 
-def folder_of_images(listing: str, line: Callable[[str], str]) -> Callable[[Path], tuple[str, str]]:
-    def write(folder: Path) -> tuple[str, str]:
-        (folder / listing).parent.mkdir(parents=True, exist_ok=True)
-        (folder / listing).write_text(line("a.png"))
-        image = f"{images_folder(listing)}/a.png".lstrip("/")
-        (folder / image).parent.mkdir(parents=True, exist_ok=True)
-        (folder / image).write_bytes(image_bytes(0))
-        return listing, image
-
-    return write
-
-
-LISTED = {
-    "jsonl": folder_of_images("train/metadata.jsonl", lambda n: json.dumps({"file_name": n, "text": "a"})),
-    "coco": folder_of_images(
+LISTED = {  # by its ending: a listing, what is in it, and the image that it names
+    ".jsonl": ("train/metadata.jsonl", json.dumps({"file_name": "a.png", "text": "a"}), "train/a.png"),
+    ".json": (
         "annotations/captions_train2017.json",
-        lambda n: json.dumps({"images": [{"id": 1, "file_name": n}], "annotations": [{"image_id": 1, "caption": "a"}]}),
+        json.dumps({"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}),
+        "train2017/a.png",
     ),
-    "tsv": folder_of_images("train.tsv", lambda n: f"file\tcaption\n{n}\ta\n"),
+    ".tsv": ("listed.tsv", "file\tcaption\na.png\ta\n", "a.png"),
 }
 
 
-@pytest.mark.parametrize("kind", LISTED)
-def test_an_image_that_a_listing_names_is_in_it(config: RunConfig, tmp_path: Path, kind: str) -> None:
-    folder = tmp_path / kind
-    folder.mkdir()
+@pytest.mark.parametrize("ending", LISTED)
+def test_an_image_that_a_listing_names_is_in_it(config: RunConfig, tmp_path: Path, ending: str) -> None:
+    folder = tmp_path / "listed"
+    listing, text, image = LISTED[ending]
+    for name, data in ((listing, text.encode()), (image, image_bytes(0))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
     write_shards(folder, train=0, heldout=2)
-    listing, image = LISTED[kind](folder)
     (row,) = read_file(Store.open(folder), listing)
     assert isinstance(row, CaptionedImage), "it is read where it is looked for"
     config = with_fields(config, {"data.source": str(folder), "data.train": listing})
@@ -111,8 +101,13 @@ def test_an_image_that_a_listing_names_is_in_it(config: RunConfig, tmp_path: Pat
     assert Facts(config).fingerprint("encode") != first
     (told,) = changes(before.of("encode"), Facts(config).of("encode"))
     assert told.startswith("data.source (listed images): ")
-    unasked = with_fields(config, {"data.train": listing.replace(Path(listing).suffix, "*")})
+    unasked = with_fields(config, {"data.train": listing.replace(ending, "*")})
     assert data_files(unasked.data, unasked.storage) == data_files(config.data, config.storage)
+
+
+def test_the_formats_that_list_images_are_known() -> None:
+    listing = {ending for ending, read in FORMATS.items() if read.__module__.endswith(".listing")}
+    assert listing == set(LISTINGS) == set(LISTED)
 
 
 def test_models_count_by_their_files_where_they_are_used(config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """Captioned images as files that a listing names: an image folder's `metadata.jsonl`, COCO annotations, a CC3M table.
 
-A listing's paths start in the listing's own folder; COCO's start in the folder that its name ends with, beside it.
+`run.sources.images_folder` says where the paths of a listing start.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import IO, Any, Final
 
 from aptp_platform.data.sample import CaptionedImage, Fault, sample_of
 from aptp_platform.data.text import decode_text, marked_encoding
+from aptp_platform.run.sources import images_folder
 from aptp_platform.storage.errors import MissingError, StoreError
 from aptp_platform.storage.store import Store
 
@@ -38,7 +39,7 @@ class _Row:
 def read_image_folder(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
     """`metadata.jsonl`: one line per image, with `file_name` and `text`, `caption` or `captions`."""
     with store.open_file(name) as stream:
-        yield from _read_all(store.join(_folder(name)), _json_lines(_lines(stream, name), name))
+        yield from _read_all(store.join(images_folder(name)), _json_lines(_lines(stream, name), name))
 
 
 def read_table_of_files(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
@@ -51,7 +52,7 @@ def read_table_of_files(store: Store, name: str) -> Iterator[CaptionedImage | Fa
                 raise ValueError(_no_header(name, columns, known))
         if len(set(columns)) < len(columns):
             raise ValueError(f"{name}: its header is {columns}; every column must have a name of its own")
-        yield from _read_all(store.join(_folder(name)), _table_rows(lines, columns, name))
+        yield from _read_all(store.join(images_folder(name)), _table_rows(lines, columns, name))
 
 
 def read_coco(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
@@ -64,8 +65,7 @@ def read_coco(store: Store, name: str) -> Iterator[CaptionedImage | Fault]:
         yield Fault(name, "shard", f"is no JSON: {error}")
         return
     rows = list(_coco_rows(listed, name))
-    split = name.rpartition("/")[2].rpartition(".")[0].rpartition("_")[2]
-    yield from _read_all(store.join(_folder(_folder(name))).join(split), rows)
+    yield from _read_all(store.join(images_folder(name)), rows)
 
 
 def _coco_rows(listed: Any, name: str) -> Iterator[_Row | Fault]:
@@ -207,7 +207,3 @@ def _json_lines(lines: Iterable[bytes], name: str) -> Iterator[_Row | Fault]:
             continue
         place = f"{name}:{number}"
         yield _Row(place, row) if isinstance(row, dict) else Fault(place, "caption", "its line is no json object")
-
-
-def _folder(name: str) -> str:
-    return name.rpartition("/")[0]

@@ -8,7 +8,8 @@ import pytest
 from aptp_platform.config import ConfigError, ExperimentConfig, RunConfig
 from aptp_platform.config_file import load_config, parse_config, to_tree
 from aptp_platform.experts.experiment.runs import OPPONENTS, check_experiment, runs_of, total_steps
-from aptp_platform.run.path import fingerprint
+from aptp_platform.run.facts import section_facts
+from aptp_platform.run.stages import STAGES
 
 
 @pytest.fixture
@@ -17,6 +18,12 @@ def config() -> RunConfig:
     chosen += [f"experiment.opponents=[{', '.join(OPPONENTS)}]"]
     more = ["share.run.steps=100", "share.run.batch_size=16", "share.run.learning_rate=0.001", "finetune.run.steps=50"]
     return load_config("jobs/configs/demo.yaml", [*chosen, *more])
+
+
+def fields_of(stage: str, config: RunConfig) -> dict[str, Any]:
+    """The fields of the config that a stage and those before it depend on."""
+    own = {section: section_facts(config, section) for section in STAGES[stage].sections}
+    return {k: v for earlier in STAGES[stage].after for k, v in fields_of(earlier, config).items()} | own
 
 
 def test_every_arm_costs_and_trains_the_same(config: RunConfig) -> None:
@@ -40,9 +47,9 @@ def test_what_arms_have_in_common_is_made_once(config: RunConfig) -> None:
     assert {run.reuse.encode for run in runs.values()} == {runs["routed"].reuse.encode}
     assert runs["one_code_short"].reuse.assign == runs["one_code"].root
     for stage in ("prune", "share", "assign"):
-        assert fingerprint(stage, runs["one_code_short"]) == fingerprint(stage, runs["one_code"])
-    assert fingerprint("prune", runs["one_code"]) != fingerprint("prune", runs["routed"])
-    assert fingerprint("prune", runs["similarity_routing"]) != fingerprint("prune", runs["routed"])
+        assert fields_of(stage, runs["one_code_short"]) == fields_of(stage, runs["one_code"])
+    assert fields_of("prune", runs["one_code"]) != fields_of("prune", runs["routed"])
+    assert fields_of("prune", runs["similarity_routing"]) != fields_of("prune", runs["routed"])
 
 
 def test_the_roots_own_run_is_the_methods_at_its_budget_and_seed() -> None:
@@ -51,7 +58,7 @@ def test_the_roots_own_run_is_the_methods_at_its_budget_and_seed() -> None:
     assert roots[0.65, "routed"] == demo.root
     assert roots[0.5, "routed"] == f"{demo.root}/runs/budget-0.5/seed-0/routed"
     (routed,) = (run for budget, _, arm, run in runs_of(demo) if (budget, arm) == (0.65, "routed"))
-    assert all(fingerprint(stage, routed) == fingerprint(stage, demo) for stage in ("encode", "prune", "evaluate"))
+    assert all(fields_of(stage, routed) == fields_of(stage, demo) for stage in ("encode", "prune", "evaluate"))
     other = replace(demo, finetune=replace(demo.finetune, steps_of="each"))
     assert demo.root not in {run.root for *_, run in runs_of(other)}, "it trained another number of steps"
 
