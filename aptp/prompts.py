@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 _GROUP_SIZE: Final = 64  # rows of one forward pass: enough to fill a core, small enough for a laptop
@@ -36,13 +37,30 @@ class PromptEncoder(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str, *, max_tokens: int = 128) -> "PromptEncoder":
-        """The encoder stored in a transformers folder (config.json, model.safetensors, the tokenizer's files)."""
+        """The encoder stored in a transformers folder (config.json, model.safetensors, the tokenizer's files).
+
+        Raises:
+            ValueError: a file is missing or damaged, or the weights lack a tensor that the encoder has.
+        """
         from transformers import AutoModel, AutoTokenizer  # here: training routes embeddings, and needs no encoder
 
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json: a prompt encoder is a folder as transformers saves it")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model, found = AutoModel.from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: does not load as a prompt encoder ({reason}): copy or save it again") from None
+        missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))  # which is not read
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{path}: its weights lack {missing[0]}{more}, which a {type(model).__name__} has; it would be made "
+                "up: copy or save the encoder again"
+            )
         return cls(tokenizer, model, max_tokens=max_tokens)
 
     def save(self, path: Path | str) -> None:

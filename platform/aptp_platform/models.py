@@ -14,7 +14,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 
 from aptp.codes import PruningSpace
 from aptp.sites import Granule, any_order, outermost_first, read_space
@@ -150,14 +149,14 @@ def pruning_space(unet: torch.nn.Module, section: SpaceSection) -> PruningSpace:
 
 def _load_text_encoder(config: ModelConfig, storage: StorageConfig, folder: Path) -> tuple[Any, Any]:
     if config.text_encoder is None:
-        tokenizer = _load_tokenizer(folder / "tokenizer")
+        tokenizer = load_tokenizer(folder / "tokenizer")
         name = (read_json(folder / "text_encoder" / "config.json").get("architectures") or ["AutoModel"])[0]
         if not hasattr(transformers, name):
             raise ValueError(f"{folder / 'text_encoder'}: is a {name}, which transformers does not know; name another")
         model = _load(getattr(transformers, name), folder, "text_encoder", config)
     else:
         own = fetch_model(config.text_encoder, storage)
-        tokenizer = _load_tokenizer(own)
+        tokenizer = load_tokenizer(own)
         model = _load(transformers.AutoModel, own, "", config)
         if not model.config.model_type.startswith("clip") and not hasattr(model.config, "use_attention_mask"):
             model.config.use_attention_mask = True  # all but CLIP are trained with their padding masked
@@ -169,7 +168,12 @@ def _load_text_encoder(config: ModelConfig, storage: StorageConfig, folder: Path
     return tokenizer, model
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder as transformers saves it.
+
+    Raises:
+        ValueError: there is none.
+    """
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers' own loaders raise what they like
@@ -190,8 +194,6 @@ def load_whole(kind: Any, folder: Path) -> Any:
         DamagedError: a file is damaged, or lacks a tensor that the network has.
         ValueError: it does not load.
     """
-    for file in sorted(folder.glob("*.safetensors")):
-        require_whole(file)
     options: dict[str, Any] = {"dtype": torch.float32}
     if kind.__module__.startswith("diffusers"):  # which warns at length where `accelerate` is not installed
         options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
@@ -213,16 +215,6 @@ def load_whole(kind: Any, folder: Path) -> Any:
             "save the model again"
         )
     return model.eval().requires_grad_(False)
-
-
-def require_whole(file: Path) -> None:
-    """DamagedError if a safetensors file is cut off, or none at all."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DamagedError(f"{file}: is damaged ({reason}): copy or save it again") from None
 
 
 def _package_folder(name: str) -> Path:

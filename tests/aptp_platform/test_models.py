@@ -3,9 +3,8 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -93,24 +92,23 @@ def test_a_model_from_a_bucket_is_fetched_once_and_again_when_it_changes(folder,
         fetch_model("s3://models/absent", storage)
 
 
-FETCH = """
-import sys, tempfile
-from aptp_platform.config import StorageConfig
-from aptp_platform.models import fetch_model
-tempfile.tempdir = sys.argv[1]
-folder = fetch_model("s3://raced/sd", StorageConfig(endpoint=sys.argv[2]))
-print(*sorted(str(path.stat().st_size) for path in folder.rglob("*") if path.is_file()))
-"""
+def test_those_that_fetch_one_model_at_once_do_not_disturb_each_other(folder, s3_server, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    storage = StorageConfig(endpoint=s3_server.endpoint)
+    Store.open(s3_server.bucket("raced"), storage).publish(folder, "sd")
+    barrier = Barrier(4)
 
+    def fetch(_):
+        barrier.wait()
+        return sizes(fetch_model("s3://raced/sd", storage))
 
-def test_processes_that_fetch_one_model_at_once_do_not_disturb_each_other(folder, s3_server, tmp_path):
-    Store.open(s3_server.bucket("raced"), StorageConfig(endpoint=s3_server.endpoint)).publish(folder, "sd")
-    command = [sys.executable, "-c", FETCH, str(tmp_path), s3_server.endpoint]
-    with ThreadPoolExecutor(3) as threads:
-        started = [threads.submit(subprocess.run, command, capture_output=True, text=True, check=True) for _ in "abc"]
-    found = {each.result().stdout for each in started}
-    assert found == {" ".join(sorted(str(path.stat().st_size) for path in folder.rglob("*") if path.is_file())) + "\n"}
+    with ThreadPoolExecutor(barrier.parties) as threads:
+        assert list(threads.map(fetch, range(barrier.parties))) == [sizes(folder)] * barrier.parties
     assert [path.name.startswith(".") for path in (tmp_path / "aptp-models").iterdir()] == [False]
+
+
+def sizes(folder):
+    return {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -124,7 +122,7 @@ def test_a_file_that_lacks_a_tensor_or_is_cut_off_is_refused(folder, tmp_path, p
         load_pipeline_parts(config(tmp_path / "damaged"), LOCAL)
     shutil.copy(next((folder / part).glob("*.safetensors")), file)
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(DamagedError, match=rf"^{file}: is damaged \(.*\): copy or save it again$"):
+    with pytest.raises(DamagedError, match=rf"^{file}: is no whole safetensors file \(.*\); download it again$"):
         load_pipeline_parts(config(tmp_path / "damaged"), LOCAL)
 
 

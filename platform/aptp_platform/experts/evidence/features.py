@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from aptp.metrics import FeatureStatistics, Lite0, clip_score, frechet_distance, maximum_mean_discrepancy
 from aptp_platform.config import ConfigError, EvaluateConfig, StorageConfig
-from aptp_platform.models import fetch_model
+from aptp_platform.models import fetch_model, load_tokenizer, load_whole
 
 LITE0: Final = "lite0"
 INCEPTION: Final = "inception"
@@ -170,12 +170,9 @@ def _pool_by_maximum(block: Any) -> None:
 
 def _clip(folder: Path, device: torch.device) -> Extractor:
     try:
-        model = transformers.CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"evaluate.features: {folder}: does not load as a CLIP model: {reason}") from None
-    model = model.eval().requires_grad_(False).to(device)
+        model, tokenizer = load_whole(transformers.CLIPModel, folder).to(device), load_tokenizer(folder)
+    except ValueError as error:
+        raise ConfigError(f"evaluate.features: {error}") from None
     size, limit = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
     told = folder / "preprocessor_config.json"
     facts = json.loads(told.read_text()) if told.is_file() else {}

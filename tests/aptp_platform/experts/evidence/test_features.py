@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from aptp.metrics import clip_score, maximum_mean_discrepancy
@@ -94,8 +94,14 @@ def test_what_cannot_be_computed_is_refused_before_anything_is(tmp_path: Path, c
             check_features(EvaluateConfig(features=spec), LOCAL)
     for file in clip.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ConfigError, match=r"^evaluate.features: .*does not load as a CLIP model"):
-        load_extractor(f"clip:{tmp_path}", LOCAL, CPU)
+    weights = load_file(clip / "model.safetensors")
+    gone = next(name for name in weights if name.startswith("vision_model."))
+    kept = {name: tensor for name, tensor in weights.items() if name != gone}
+    for given, line in (({}, "holds no weights"), (kept, f"its files lack {gone}, which a CLIPModel has")):
+        if given:
+            save_file(given, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=rf"^evaluate.features: {tmp_path}: {line}"):
+            load_extractor(f"clip:{tmp_path}", LOCAL, CPU)
 
 
 @pytest.fixture(scope="module")
