@@ -11,12 +11,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
 from botocore.parsers import ResponseParserError
 from s3fs import S3FileSystem
 
 _TRANSIENT = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 _TRANSIENT_CODES = frozenset({"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests"})
+_REDIRECTS = (301, 302, 307)  # botocore asks HeadBucket where to, and of its own answer again, without end
+_REGION = "x-amz-bucket-region"
 _SKEW_SECONDS = 300  # a signature is good for 15 minutes; a clock that is farther off is why it is refused
 _LONGEST_PAUSE = 20.0
 _LONGEST_ASKED = 60.0  # of Retry-After
@@ -52,11 +54,13 @@ class PatientS3(S3FileSystem):
         """Seconds to wait before the request is made again; None if it is not."""
         asked = 0.0
         if response is None:
-            if not isinstance(caught_exception, HTTPClientError):
+            if not isinstance(caught_exception, (ConnectionError, HTTPClientError)):
                 return None
         else:
             http, parsed = response
             code = parsed.get("Error", {}).get("Code")
+            if operation.name == "HeadBucket" and http.status_code in _REDIRECTS and _REGION not in http.headers:
+                raise ClientError(dict(parsed), operation.name)
             if http.status_code == 403:
                 return 1.0 if attempts == 1 < self.attempts and _is_skewed(http.headers, code) else None
             empty = _lacks_its_body(operation.name, request_dict, http, parsed)

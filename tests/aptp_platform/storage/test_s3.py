@@ -4,12 +4,19 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+from botocore.exceptions import (
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ReadTimeoutError,
+)
 
 from aptp_platform.config import StorageConfig
 from aptp_platform.storage.errors import StoreError
@@ -26,9 +33,8 @@ VERBS: dict[str, Callable[[Store], object]] = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_an_answer_that_passes_is_asked_again_whatever_the_request(fault_proxy: FaultProxy, verb: str) -> None:
-    bucket = S3Server(fault_proxy.endpoint).bucket(f"passing-{verb.lower()}")
+def test_an_answer_that_passes_is_asked_again_whatever_the_request(fault_proxy: FaultProxy) -> None:
+    bucket = S3Server(fault_proxy.endpoint).bucket("passing")
     store = Store.open(bucket, StorageConfig(endpoint=fault_proxy.endpoint))
     for name in "ac":
         store.write_json(name, 0)
@@ -39,8 +45,11 @@ def test_an_answer_that_passes_is_asked_again_whatever_the_request(fault_proxy: 
         return 429 if asked.count(asked[-1]) == 1 else None
 
     fault_proxy.refuse = first
-    VERBS[verb](store)
-    assert fault_proxy.hits["429"] == len(set(asked)) > 0
+    for verb, request in VERBS.items():
+        asked.clear()
+        fault_proxy.hits.clear()
+        request(store)
+        assert fault_proxy.hits["429"] == len(set(asked)) > 0, verb
 
 
 def test_which_answers_pass() -> None:
@@ -50,16 +59,24 @@ def test_which_answers_pass() -> None:
         pause = filesystem._pause(1, SimpleNamespace(name="HeadObject"), {"headers": {}}, answer)
         passes = status in (408, 425, 429) or (status >= 500 and status not in (501, 505))
         assert (asyncio.run(pause) is not None) == passes, status
+    failures = {
+        EndpointConnectionError(endpoint_url="u"): True, ConnectTimeoutError(endpoint_url="u"): True,
+        ReadTimeoutError(endpoint_url="u"): True, ConnectionClosedError(endpoint_url="u"): True,
+        NoCredentialsError(): False,
+    }  # fmt: skip
+    for failure, passes in failures.items():
+        pause = filesystem._pause(1, SimpleNamespace(name="HeadObject"), {"headers": {}}, None, failure)
+        assert (asyncio.run(pause) is not None) == passes, failure
 
 
 def test_a_server_that_asks_for_a_pause_gets_it_and_one_that_does_not_come_back_is_given_up(
     fault_proxy: FaultProxy,
 ) -> None:
     store = Store.open(S3Server(fault_proxy.endpoint).bucket("paused"), StorageConfig(endpoint=fault_proxy.endpoint))
-    for pause in ("2", formatdate(time.time() + 3, usegmt=True)):
-        store.write_json("a", 0)
+    store.write_json("a", 0)
+    for as_date in (False, True):
         left = [429]
-        fault_proxy.headers = {"Retry-After": pause}
+        fault_proxy.headers = {"Retry-After": formatdate(time.time() + 3, usegmt=True) if as_date else "2"}
         fault_proxy.refuse = lambda method, path, left=left: left.pop() if left else None  # type: ignore[misc]
         began = time.monotonic()
         store.read_bytes("a")
@@ -77,9 +94,9 @@ class Words(BaseHTTPRequestHandler):
     """Answers every request with one status and, unless it is HEAD, with one body."""
 
     protocol_version = "HTTP/1.1"
-    status, body = 403, b""
+    status, body = 403, ""
     date: str | None = None
-    seen: list[str]
+    seen: ClassVar[list[str]] = []
 
     def _answer(self) -> None:
         self.seen.append(self.command)
@@ -88,7 +105,7 @@ class Words(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(self.body)
+            self.wfile.write(self.body.encode())
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""
@@ -96,19 +113,21 @@ class Words(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_HEAD = do_DELETE = _answer
 
 
-@contextmanager
-def answering(status: int, body: str, date: str | None = None) -> Iterator[tuple[list[str], Store]]:
-    """What is asked of a server that always answers like this, and a bucket of it."""
-    seen: list[str] = []
-    given = {"status": status, "body": body.encode(), "date": date, "seen": seen}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Given", (Words,), given))
+@pytest.fixture(scope="module")
+def worded() -> Iterator[Store]:
+    """A bucket of a server that always answers as `answer` says."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Words)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    storage = StorageConfig(endpoint=f"http://127.0.0.1:{server.server_port}", attempts=3)
     try:
-        yield seen, Store.open("s3://b", storage)
+        yield Store.open("s3://b", StorageConfig(endpoint=f"http://127.0.0.1:{server.server_port}", attempts=3))
     finally:
         server.shutdown()
         server.server_close()
+
+
+def answer(status: int, body: str, date: str | None = None) -> None:
+    Words.status, Words.body, Words.date = status, body, date
+    Words.seen.clear()
 
 
 @pytest.mark.parametrize(
@@ -120,28 +139,29 @@ def answering(status: int, body: str, date: str | None = None) -> Iterator[tuple
         (301, "PermanentRedirect", "The bucket must be addressed using another endpoint."),
     ],
 )
-def test_a_refusal_is_told_in_the_server_s_words_on_paths_that_only_ask_too(status: int, code: str, words: str) -> None:
-    body = f"<Error><Code>{code}</Code><Message>{words}</Message></Error>"
-    with answering(status, body) as (_, store), pytest.raises(StoreError, match=f"{code}: {words}"):
-        store.version("a")
+def test_a_refusal_is_told_in_the_server_s_words_on_paths_that_only_ask_too(
+    worded: Store, status: int, code: str, words: str
+) -> None:
+    answer(status, f"<Error><Code>{code}</Code><Message>{words}</Message></Error>")
+    with pytest.raises(StoreError, match=f"{code}: {words}"):
+        worded.version("a")
 
 
-def test_a_clock_that_is_off_is_tried_once_more() -> None:
-    body = "<Error><Code>RequestTimeTooSkewed</Code><Message>too large</Message></Error>"
+def test_a_clock_that_is_off_is_tried_once_more(worded: Store) -> None:
     late = formatdate(time.time() - 7200, usegmt=True)
-    with (
-        answering(403, body, late) as (seen, store),
-        pytest.raises(StoreError, match="RequestTimeTooSkewed: too large"),
-    ):
-        store.version("a")
-    assert seen.count("HEAD") == 2
-    with answering(403, "") as (seen, store), pytest.raises(StoreError, match="access denied"):
-        store.version("a")
-    assert seen.count("HEAD") == 1, "the clock is right"
+    answer(403, "<Error><Code>RequestTimeTooSkewed</Code><Message>too large</Message></Error>", late)
+    with pytest.raises(StoreError, match="RequestTimeTooSkewed: too large"):
+        worded.version("a")
+    assert Words.seen.count("HEAD") == 2
+    answer(403, "")
+    with pytest.raises(StoreError, match="access denied"):
+        worded.version("a")
+    assert Words.seen.count("HEAD") == 1, "the clock is right"
 
 
 @pytest.mark.parametrize("body", ["", "<html>sign in</html>"])
-def test_a_listing_without_content_is_no_empty_one(body: str) -> None:
-    with answering(200, body) as (seen, store), pytest.raises(StoreError, match="not reachable"):
-        store.list()
-    assert len(seen) > 1
+def test_a_listing_without_content_is_no_empty_one(worded: Store, body: str) -> None:
+    answer(200, body)
+    with pytest.raises(StoreError, match="not reachable"):
+        worded.list()
+    assert len(Words.seen) > 1
