@@ -11,16 +11,16 @@ from aptp_platform.config import RunConfig
 from aptp_platform.run.facts import Facts
 from aptp_platform.run.job import run_restartable
 from aptp_platform.run.path import run_stage
-from aptp_platform.run.stages import STAGES
+from aptp_platform.run.stages import STAGES, readers_of
 
 
 def run_pipeline(config: RunConfig, restart: Collection[str]) -> None:
-    """A stage that is started anew starts those after it anew as well, where they read it."""
-    known, later = Facts(config), False
+    """A stage that is started anew starts those anew that read it."""
+    known, readers = Facts(config), readers_of(restart)
     for stage in STAGES:
-        again = stage in restart
-        run_stage(stage, config, restart="yes" if again else "changed" if later else "no", known=known)
-        later = later or again
+        run_stage(
+            stage, config, restart="yes" if stage in restart else "changed" if stage in readers else "no", known=known
+        )
     if config.experiment.budgets:
         from aptp_platform.experts.experiment.runs import experiment
 

@@ -1,5 +1,6 @@
 """The stages of a run, in their order: what each is submitted as, writes, reads, and depends on."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from aptp_platform.run import layout
@@ -67,3 +68,12 @@ STAGES = {
         ),
     )
 }
+
+
+def readers_of(stages: Collection[str]) -> frozenset[str]:
+    """The stages that read what these have made, at any remove."""
+    found: set[str] = set()
+    for stage in STAGES.values():
+        if not {*stages, *found}.isdisjoint(stage.after):
+            found.add(stage.name)
+    return frozenset(found)

@@ -12,6 +12,7 @@ from aptp_platform.config_file import dump_config, with_fields
 from aptp_platform.run.facts import Facts
 from aptp_platform.run.path import run_stage
 from aptp_platform.run.record import finish_leaving, held_by, read_record, set_aside, write_record
+from aptp_platform.run.stages import STAGES, readers_of
 from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.store import StorageConfig, Store
 from tests.support.captioned import write_shards
@@ -86,6 +87,12 @@ def test_a_restart_puts_aside_what_there_is_and_counts(config: RunConfig) -> Non
     write_record(root, "share", {"fingerprint": "of an older version", "summary": {}})
     with pytest.raises(ConfigError, match=r"^share: what .* \(its record is of an older version"):
         run_stage("share", pruned_again)
+
+
+def test_the_stages_that_read_another() -> None:
+    assert readers_of(["prune"]) == set(STAGES) - {"encode", "prune"}
+    assert readers_of(["refit"]) == {"evaluate", "publish"}
+    assert readers_of([]) == set()
 
 
 def test_putting_aside_in_a_bucket_can_be_interrupted(s3_server: S3Server) -> None:

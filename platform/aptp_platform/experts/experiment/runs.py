@@ -34,7 +34,7 @@ from aptp_platform.run.facts import Facts
 from aptp_platform.run.layout import COMPARISON, EVALUATED, home
 from aptp_platform.run.path import run_stage
 from aptp_platform.run.progress import Progress
-from aptp_platform.run.stages import STAGES
+from aptp_platform.run.stages import STAGES, readers_of
 from aptp_platform.storage.store import Store
 
 METHOD = "routed"
@@ -50,7 +50,8 @@ def experiment(config: RunConfig, restart: Collection[str] = ()) -> dict[str, An
     """Train and evaluate all runs, publish `comparison/` (metrics.json, report.html, figures); returns the metrics.
 
     Args:
-        restart: stages that are started anew in those runs in which they were made from something else.
+        restart: stages that are started anew, with those that read them, in those runs in which they were made from
+            something else.
 
     Raises:
         ConfigError: the experiment cannot be made.
@@ -177,7 +178,7 @@ def train_runs(config: RunConfig, restart: Collection[str] = ()) -> list[Run]:
                 _, working = ray.wait(list(made.values()), num_returns=number - config.experiment.at_once + 1)
                 progress.update(len(made) - len(working))
             before = made.get(run.reuse.prune) if run.reuse.prune else None
-            made[run.root] = _train.remote(run, before, frozenset(restart))
+            made[run.root] = _train.remote(run, before, readers_of(restart) | set(restart))
         ray.wait(list(made.values()), num_returns=len(made))
         progress.update(len(runs))
     ray.get(list(made.values()))
