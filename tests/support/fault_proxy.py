@@ -23,8 +23,8 @@ class FaultProxy(ThreadingHTTPServer):
     """Passes requests on, but for those that meet a fault: all while `fault` is set, and `every` so-manieth one.
 
     `hits` counts what went wrong. A stalled request is never answered. `refuse` names, for a method and a path, a
-    status to answer with, or none; `headers` go with it. Headers in `dropped`
-    are not passed on, as if the server did not know them.
+    status to answer with, or none; `headers` go with it. Headers in `dropped` are not passed on, as if the server did
+    not know them.
     """
 
     daemon_threads = True

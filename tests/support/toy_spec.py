@@ -50,7 +50,8 @@ class ToyModule(nn.Module):
 
 @dataclass(frozen=True)
 class ToySpec:
-    """Every rank writes its losses to `folder/losses-<rank>-<process>.jsonl`, and the last one causes `faults`.
+    """Every rank writes its losses to `folder/losses-<rank>-<process>.jsonl`, and the last one causes `faults`; each
+    start of one leaves a file `folder/started-<rank>-<process>`.
 
     faults: (number of a batch, what happens before it, once): "worker" and "node" are killed, a node gets a "notice"
         that it will go. pause: seconds before each batch.
@@ -78,6 +79,7 @@ class ToySpec:
     def build(self, device: torch.device) -> Work:
         module = ToyModule()
         rank = ray.train.get_context().get_world_rank()
+        (self.folder / f"started-{rank}-{os.getpid()}").touch()
         module.register_forward_hook(partial(self._record, rank))
         return Work(module, self._batches, self._tell, self._finish)
 

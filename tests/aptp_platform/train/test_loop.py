@@ -1,6 +1,7 @@
 """Runs of a toy stage on real worker groups: what is undisturbed, interrupted or killed ends the same."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,9 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     assert len(losses) == 4
 
     assert run(toy(tmp_path / "halves", steps=2, every=2)) != undisturbed
-    halves = run(toy(tmp_path / "halves", steps=4, every=2, workers=2))
+    halves = run(toy(tmp_path / "halves", steps=4, every=2, workers=2, zero_stage=3))
     assert torch.allclose(values_of(halves), values_of(undisturbed), rtol=1e-5), (
-        "another number of workers, a half each"
+        "another number of workers, a half each, and another ZeRO stage"
     )
     told = told_of(tmp_path / "halves")
     assert [len(each) for each in losses_of(tmp_path / "halves")] == [2, 2], "it went on behind step 2"
@@ -54,6 +55,16 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     tensorboard = tmp_path / "halves" / "tensorboard"
     assert sorted(path.parent.name for path in tensorboard.glob("from-*/events*")) == ["from-00000000", "from-00000002"]
     assert (tensorboard / "config.yaml").read_text() == "note: "
+
+    for part in (tmp_path / "halves").rglob("rank-*.safetensors"):
+        os.truncate(part, part.stat().st_size - 1)
+    before = sorted((tmp_path / "halves").glob("started-*"))
+    longer = toy(tmp_path / "halves", steps=6)
+    with pytest.raises(
+        ConfigError, match=r"^[^\n]+: this checkpoint is damaged \(rank-00-of-02.safetensors does[^\n]+$"
+    ):
+        run(replace(longer, training=replace(longer.training, max_failures=3)))
+    assert len(sorted((tmp_path / "halves").glob("started-*"))) == len(before) + 1, "no restart of the workers mends it"
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -10,6 +10,7 @@ import pytest
 
 from aptp_platform.config import ConfigError
 from aptp_platform.data.encoded import encoded_table, latent_size, write_table
+from aptp_platform.storage.errors import DamagedError
 from aptp_platform.storage.store import Store
 from aptp_platform.train.stream import Stream, files_by_code, files_of
 
@@ -100,6 +101,17 @@ def test_a_code_s_stream_has_its_captions_only(encoded: Store, assigned: Store) 
         assert {sum(map(int, caption.split("/"))) % 3 for caption in flat} == {code}
     with pytest.raises(ConfigError, match="no row of code 3"):
         Stream(encoded, files_by_code(assigned, 4)[3], seed=0, assigned=assigned, code=3)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_damaged_file_is_one_line_wherever_it_was_read(encoded: Store) -> None:
+    stream, file = Stream(encoded, files_of(encoded), seed=1), Path(encoded.uri, "part-00001.parquet")
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(64)
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=rf"^{file}: is damaged \([^\n]+$"):
+        captions_of(stream, 0, 7)
 
 
 def test_what_a_stage_asks_before_it_starts(encoded: Store) -> None:

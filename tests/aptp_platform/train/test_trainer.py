@@ -66,19 +66,6 @@ def test_pruning_learns_and_publishes(pruned: tuple[RunConfig, dict[str, Any]]) 
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_damaged_rows_end_a_training_at_once_in_one_line(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path)
-    file = Path(config.root, "encoded/train/part-00001.parquet")
-    data = bytearray(file.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 64] = bytes(64)
-    file.write_bytes(data)
-    run = replace(config.prune.run, max_failures=3)
-    with pytest.raises(ConfigError, match=rf"^{file}: is damaged \([^\n]+$"):
-        prune(replace(config, prune=replace(config.prune, run=run)))
-
-
-@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
     ("router", "training", "line"),
     [
