@@ -67,6 +67,9 @@ def run_restartable(
     except (ValueError, ray.exceptions.OutOfDiskError) as error:
         print(f"error: {cause_of(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; submit the job again to go on", file=sys.stderr, flush=True)
+        sys.exit(130)  # 128 + SIGINT, as shells have it
 
 
 def _require_shielded() -> None:
