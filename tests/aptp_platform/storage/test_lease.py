@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from aptp_platform.config import StorageConfig
+from aptp_platform.storage.errors import StoreError
 from aptp_platform.storage.lease import Lease, LeaseError
 from aptp_platform.storage.store import Store
 from tests.support.fault_proxy import FaultProxy
@@ -164,6 +165,22 @@ def test_a_full_disk_is_one_line_and_loses_no_lease(tmp_path: Path) -> None:
     full, refused = run.stdout.splitlines()
     assert full == f"{tmp_path}/filler: No space left on device: make room, or name another place"
     assert "prune: another run works on it" in refused
+
+
+def test_credentials_that_are_revoked_for_a_while_lose_no_lease(s3_server: S3Server) -> None:
+    store = Store.open(f"{s3_server.bucket('revoked')}/run", StorageConfig(endpoint=s3_server.endpoint))
+    with lease(store) as held:
+        s3_server.demand_credentials(True)
+        try:
+            with pytest.raises(StoreError, match="access denied"):
+                store.write_json("a", 1)
+            time.sleep(1.5)
+        finally:
+            s3_server.demand_credentials(False)
+        with pytest.raises(LeaseError, match="another run works on it"):
+            lease(store).__enter__()
+        held.require()
+    assert store.list() == []
 
 
 def test_a_store_that_knows_no_conditions_is_named(
