@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
-from botocore.parsers import ResponseParserError
 from s3fs import S3FileSystem
 
 _TRANSIENT = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
@@ -67,11 +66,12 @@ class PatientS3(S3FileSystem):
             if http.status_code not in _TRANSIENT and code not in _TRANSIENT_CODES and not empty:
                 return None
             if empty and attempts >= self.attempts:
-                raise ResponseParserError(f"{operation.name} was answered with {http.status_code} and no content")
+                told = f"{operation.name} was answered with {http.status_code} and no content"
+                raise ClientError({"Error": {"Code": "EmptyAnswer", "Message": told}}, operation.name)
             asked = _retry_after(http.headers)
         if attempts >= self.attempts:
             return None
-        return max(asked, random.random() * min(_LONGEST_PAUSE, 2.0 ** (attempts - 1)))
+        return max(asked, random.uniform(0.5, 1.0) * min(_LONGEST_PAUSE, 2.0 ** (attempts - 1)))
 
     def why(self, path: str) -> BaseException | None:
         """What a server says of a request that it refused: HEAD, which is asked mostly, is answered without words."""

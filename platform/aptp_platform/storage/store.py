@@ -46,7 +46,7 @@ class StorageConfig:
     anonymous: bool = False
     timeout_s: Annotated[float, Field(gt=0)] = 15.0  # a request without a byte of response for this long has failed
     attempts: Annotated[int, Field(ge=1)] = (
-        10  # per request, with pauses that grow to 20 s: enough for a minute of outage
+        10  # per request, with pauses that grow to 20 s: enough for an outage of 55 s
     )
 
 
