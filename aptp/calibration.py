@@ -6,6 +6,7 @@ and the price that a prompt pays for size is moved instead (`set_price`).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,8 @@ from aptp.relax import LOGIT_LIMIT
 from aptp.router import Router
 from aptp.routes import Routes, code_usage, require_used
 from aptp.transport import assign
+
+_ABOVE_LEAST: Final = 1.02  # the smallest size, of what a code costs when all of its width gates are closed
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,14 @@ def calibrate_budget(
         usage = code_usage((routes.scores + router.bias).argmax(1), router.num_codes)
         return float((usage * router.costs).sum())
 
-    def bracket(ratio_of: Callable[[float], float], low: float = -30.0) -> tuple[float, float]:
-        high = 30.0
-        for _ in range(24):
-            middle = (low + high) / 2
-            low, high = (middle, high) if ratio_of(middle) < budget else (low, middle)
-        return low, high
-
     width, depth = router.shift.tolist()
     before = ratio_at(width, depth)
     if abs(before / budget - 1) > tolerance / 10:
-        if not ratio_at(-30.0, depth) <= budget <= ratio_at(30.0, depth):
+        width = _nearest(lambda shift: ratio_at(shift, depth) - budget, width)
+        if abs(ratio_at(width, depth) / budget - 1) > tolerance:
             kept_longest = LOGIT_LIMIT + router.config.relaxation.offset  # its gate closes at a shift of minus this
-            _, depth = bracket(lambda shift: ratio_at(shift, shift), low=0.5 - kept_longest)
-        width = min(bracket(lambda shift: ratio_at(shift, depth)), key=lambda w: abs(ratio_at(w, depth) - budget))
+            depth = _nearest(lambda shift: ratio_at(shift, shift) - budget, depth, low=0.5 - kept_longest)
+            width = _nearest(lambda shift: ratio_at(shift, depth) - budget, depth)
     after = ratio_at(width, depth)
     if abs(after / budget - 1) > tolerance:
         raise ValueError(
@@ -89,7 +86,55 @@ def calibrate_budget(
     usage = router.route_embeddings(embeddings).usage()
     if not allow_unused:
         require_used(usage)
+    width, depth = router.shift.tolist()
     return Calibration(before, after, width, depth, tuple(usage.tolist()))
+
+
+def _nearest(over: Callable[[float], float], start: float, low: float = -30.0, high: float = 30.0) -> float:
+    """Where `over` changes its sign, the nearest such place to the start that steps of doubling size find.
+
+    `over` rises on the whole, but not everywhere: prompts move to other codes as sizes change, and far from the start
+    one code can cost the budget while the others are whole and take no prompts.
+    """
+    sign = over(start) > 0
+    near, step = start, -0.02 if sign else 0.02
+    far = min(max(near + step, low), high)
+    while (over(far) > 0) == sign and low < far < high:
+        near, step = far, 2 * step
+        far = min(max(near + step, low), high)
+    for _ in range(24):
+        middle = (near + far) / 2
+        near, far = (middle, far) if (over(middle) > 0) == sign else (near, middle)
+    return min((near, far), key=lambda shift: abs(over(shift)))
+
+
+@torch.no_grad()
+def set_sizes(router: Router, table: CostTable, wanted: Float[Tensor, " code"]) -> None:
+    """Moves every code's own threshold until it costs what is wanted, or as near as its width can bring it."""
+    move_to_sizes(router.offsets, lambda: table.ratio(router.harden(router.code_gates(router.codes))), wanted)
+    router.costs.copy_(table.ratio(router.harden(router.code_gates(router.codes))))
+
+
+@torch.no_grad()
+def move_to_sizes(
+    shifts: Float[Tensor, " code"], ratios: Callable[[], Float[Tensor, " code"]], wanted: Float[Tensor, " code"]
+) -> None:
+    """Sets `shifts`, on which `ratios()` depends, code by code, to where the ratio is nearest to what is wanted.
+
+    A ratio at which width has nothing left to give is met from above: far below all of its gates a code could not find
+    back.
+    """
+    low, high = torch.full_like(shifts, -30.0), torch.full_like(shifts, 30.0)
+    shifts.copy_(low)
+    wanted = torch.maximum(wanted, _ABOVE_LEAST * ratios())
+    for _ in range(24):
+        shifts.copy_((low + high) / 2)
+        small = ratios() < wanted
+        low, high = torch.where(small, shifts, low), torch.where(small, high, shifts)
+    shifts.copy_(low)
+    below = wanted - ratios()
+    shifts.copy_(high)
+    shifts.copy_(torch.where(ratios() - wanted < below, high, low))
 
 
 @torch.no_grad()

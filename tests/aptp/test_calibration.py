@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aptp.calibration import calibrate_budget, set_price
+from aptp.calibration import calibrate_budget, set_price, set_sizes
 from aptp.codes import PruningSpace
 from aptp.cost import CostTable, cost_table
 from aptp.need import NeedConfig, NeedHead, Observations
@@ -60,7 +60,7 @@ def test_calibration_moves_nothing_when_the_budget_is_met(space, table):
     assert router.architecture_codes() == codes
 
 
-@pytest.mark.parametrize(("above", "num_codes"), [(1.0, 1), (1.15, 3)])
+@pytest.mark.parametrize(("above", "num_codes"), [(1.0, 1), (1.08, 3)])
 def test_calibration_lets_depth_go_where_width_does_not_suffice(space, table, above, num_codes):
     """Down to the least budget, where all codes are one and the depth site that is kept longest still stands."""
     z = embeddings(100)
@@ -69,6 +69,33 @@ def test_calibration_lets_depth_go_where_width_does_not_suffice(space, table, ab
     assert found.depth_shift < 0
     assert not any(code.drops(space.depth[space.keep_order[0]].name) for code in router.architecture_codes())
     assert found.ratio == pytest.approx(table.minimum * above, rel=0.05)
+
+
+def test_calibration_stays_near_what_was_learned(space, table):
+    """Far away the first code, which has no depth, costs the budget while the second is whole and too dear for all."""
+    z, router = embeddings(100), a_router(space, num_codes=2, routing="need", initial_logit=-3.0)
+    entries = space.width_entries
+    with torch.no_grad():
+        router.codes[0, entries:] = torch.tensor([10.0, *[-10.0] * (len(space.depth) - 1)]).flip(0)
+    set_sizes(router, table, torch.tensor([0.75, 0.78]))
+    router.need.levels.copy_(torch.tensor([0.81, 0.01]).log())
+    largest = float(table.ratio(router.harden(router.code_gates(router.codes + 30)))[0])
+    router.price.fill_(8.0)
+    before = float(table.ratio(router.harden(router.code_gates(router.codes)))[1])
+    budget = before * 1.02
+    assert largest < budget
+    found = calibrate_budget(router, z, table, budget, allow_unused=True)
+    assert found.usage == (0.0, 1.0)
+    assert abs(found.width_shift) < 0.2
+    assert found.depth_shift == 0
+
+
+def test_each_code_can_be_given_a_size(space, table):
+    router, wanted = a_router(space, initial_spread=0.6), torch.tensor([0.45, 0.6, 0.8])
+    set_sizes(router, table, wanted)
+    costs = table.ratio(torch.stack([code.mask for code in router.architecture_codes()]))
+    assert torch.allclose(costs, wanted, atol=0.02)
+    assert torch.equal(router.costs, costs)
 
 
 def test_impossible_budgets_and_unused_codes_are_refused(space, table):
