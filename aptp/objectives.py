@@ -22,10 +22,11 @@ class PruningConfig:
     resource: "price": a multiplier, raised while the routed prompts cost more than the budget and lowered while they
         cost less, is what one unit of cost costs every code; the paper's "log" is |ln(ratio / budget)|, a force of
         fixed size, whose share in a code is not its share of the task.
-    price_rate, price_gain: per step, the price moves by rate * (cost - budget), which counts as a tenth of the budget
-        at most; what is paid is the price and gain * (cost - budget) besides, which damps the swing. Prices are in
-        units of what pruning adds to the objective: where loss falls with cost as exp(-10 cost), the price is 10,
-        whatever the network and the terms' weights.
+    price_rate: per step, the price grows by the share rate * (cost / target - 1), where the second factor counts as a
+        tenth at most. It is in units of what pruning adds to the objective: where loss falls with cost as
+        exp(-10 cost), the price is 10, whatever the network and the terms' weights.
+    hold: how fast the thresholds of all codes follow together: they move by hold * (target - cost) per step.
+    descent: the share of the warm-up during which the target falls from the whole network to the budget.
     exploration: the share of prompts that are measured under a code drawn at random, and do not train it, so that every
         code's loss is known for every kind of prompt. need_every: steps between two fits of the need head.
     contrastive: "row" does not depend on the batch size; paper() gives "bce" with weight 100.
@@ -51,8 +52,9 @@ class PruningConfig:
     feature_weight: float = 0.2
     resource: Literal["price", "log"] = "price"
     resource_weight: float = 2.0
-    price_rate: float = 1.0
-    price_gain: float = 20.0
+    price_rate: float = 0.5
+    hold: float = 0.5
+    descent: float = 0.5
     exploration: float = 0.15
     need_every: int = 10
     contrastive_weight: float = 1.0
@@ -76,14 +78,14 @@ class PruningConfig:
             raise ValueError(f"budget must lie between 0 and 1 (a share of the full model's MACs), it is {self.budget}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, it is {self.warmup_steps}")
-        for name in ("usage_decay", "size_span"):
+        for name in ("usage_decay", "size_span", "descent"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), it is {getattr(self, name)}")
         if not 0 <= self.exploration <= 1:
             raise ValueError(f"exploration must be a share in [0, 1], it is {self.exploration}")
         if self.need_every < 1:
             raise ValueError(f"need_every must be at least 1 step, it is {self.need_every}")
-        for name in ("price_rate", "price_gain", "balance"):
+        for name in ("price_rate", "hold", "balance"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, it is {getattr(self, name)}")
         _require_weights(vars(self))

@@ -4,12 +4,13 @@
     k(b) = argmax of the transport of  w C_bk - d_bk - slope r_k          (by need; the paper's: of C_bk, balanced)
     x_t, target = noised latents;  teacher = UNet with open gates;  student = UNet with the gates of A_k(b), sampled
     L = denoising + distillation + price sum_k usage_k r_k + contrastive + pull
-    price <- [price + rate (sum_k usage_k r_k - budget)]_+
+    price <- price exp(rate (sum_k usage_k r_k / budget - 1))
 
 The last two lines are dual ascent: where they rest, the routed prompts cost the budget and each code's loss falls by
 the same price per unit of cost, so that capacity stands where it is needed. For that, a code feels task and price
-through the same sampled gates, and is cut at the size that it is trained at. To the router a unit of cost is worth what
-the codes' predicted losses fall by. The paper's Algorithm 1 is `paper()` of the router's and the objective's configs.
+through the same sampled gates, and is cut at the size that it is trained at. All thresholds together hold the cost at
+the budget, which a price alone reaches late. To the router a unit of cost is worth what it saves the prompts.
+The paper's Algorithm 1 is `paper()` of the router's and the objective's configs.
 
 The UNet is the teacher and the student: one set of weights, no gradient to any of them. The module is single-device
 code. Across workers `gather` joins rows (W workers, each (B, ...), give (W B, ...)); its backward must sum over the
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from aptp.calibration import move_to_sizes
 from aptp.codes import PruningSpace
 from aptp.cost import CostTable
 from aptp.gates import block_features, gated
@@ -44,7 +46,7 @@ from aptp.losses import (
 from aptp.need import NeedMemory, Observations
 from aptp.noise import Noise, sample_noise
 from aptp.objectives import PruningConfig
-from aptp.price import Price
+from aptp.price import Price, marginals
 from aptp.router import Router
 from aptp.routes import code_usage
 from aptp.transport import Transport, assign
@@ -148,7 +150,7 @@ class PruningStage(nn.Module):
             ratios = gather(self.table.ratio(router.harden(free_prompts)))
             shares = torch.ones_like(ratios)
         elif config.resource == "price":
-            self._follow(sampled_ratios.detach() - code_ratios.detach())
+            self._hold(noise.step, sampled_ratios.detach(), code_ratios.detach(), warm=warm)
             ratios, shares = code_ratios, self.usage.clone()
         else:
             # Half the weight is the transport's equal share: a code that inference does not use yet would otherwise
@@ -163,7 +165,7 @@ class PruningStage(nn.Module):
                 trains = trains * ~explored[:, None]
             felt = (gather(trains).mean(0) * sampled_ratios).sum()
             ratio = ratio.detach() + felt - felt.detach()
-        terms["resource"] = self._pay(ratio)
+        terms["resource"] = self._pay(ratio, noise.step)
         terms["spread"] = -spread(ratios, shares)
         terms["largest"] = 1 - ratios.max()
         terms["contrastive"] = contrastive_loss(
@@ -208,18 +210,25 @@ class PruningStage(nn.Module):
         def as_cut() -> Float[Tensor, " code"]:
             return self.table.ratio(router.harden(router.code_gates(codes)))
 
-        for shift, ratio in ((router.offsets, trained), (router.widening, as_cut)):
-            low, high = torch.full_like(wanted, -30.0), torch.full_like(wanted, 30.0)
-            for _ in range(24):
-                shift.copy_((low + high) / 2)
-                small = ratio() < wanted
-                low, high = torch.where(small, shift, low), torch.where(small, high, shift)
-        if self.memory is not None:
-            self.memory.count.zero_()  # what was measured is of codes that are no more
+        move_to_sizes(router.offsets, trained, wanted)
+        move_to_sizes(router.widening, as_cut, trained())
+        self.usage.fill_(1 / count)
 
-    def _follow(self, ahead: Float[Tensor, " code"]) -> None:
-        """Codes are cut at the sizes that they are trained at: `ahead` is how much larger the sampled gates are."""
-        self.router.widening.add_(_FOLLOW * ahead)
+    def _target(self, step: int | Tensor) -> Float[Tensor, ""]:
+        """What the routed prompts shall cost at a step: it falls from the whole network to the budget."""
+        fall = max(1.0, self.config.descent * self.config.warmup_steps)
+        share = torch.as_tensor(step / fall, device=self.usage.device).clamp(max=1.0)
+        return 1 + (self.config.budget - 1) * share
+
+    def _hold(
+        self, step: int | Tensor, trained: Float[Tensor, " code"], as_cut: Float[Tensor, " code"], *, warm: bool
+    ) -> None:
+        """All codes follow the target by one amount, and a code is cut at the size that it is trained at."""
+        over = (self.usage * trained).sum() - self._target(step)
+        # A code without prompts feels no price: what the others' holds against would carry it away.
+        moved = 1.0 if warm else (self.usage * self.router.num_codes).clamp(max=1.0)
+        self.router.offsets.sub_(self.config.hold * over * moved)
+        self.router.widening.add_(_FOLLOW * (trained - as_cut))
 
     @torch.no_grad()
     def _assign(
@@ -240,8 +249,6 @@ class PruningStage(nn.Module):
         if losses is not None:  # in units in which `balance` and `transport_epsilon` mean the same all along
             predicted = gather(losses).mean(0)
             unit = predicted.mean().clamp_min(1e-12)
-            if parted:
-                self.price.measure(router.costs, predicted)
             scores, everyone = scores / unit, everyone / unit
         transport = assign(
             everyone,
@@ -250,8 +257,10 @@ class PruningStage(nn.Module):
             balance=config.balance,
         )
         assigned = (scores + transport.potentials).argmax(1)
-        if self.memory is None:
+        if self.memory is None or losses is None:
             return assigned, None, transport
+        if parted:
+            self.price.measure(marginals(router.costs, gather(losses), gather(assigned)))
         # What routes by the router alone, the price above all, sees the codes' shares as the transport sets them.
         router.bias.lerp_(unit * transport.potentials, 1 - config.usage_decay)
         unknown = self.memory.count < router.config.need.enough
@@ -284,11 +293,10 @@ class PruningStage(nn.Module):
         if before + len(seen) >= enough and (before < enough or step % self.config.need_every == 0):
             self.router.need.observe(self.memory.observations(), drifting=True)
 
-    def _pay(self, ratio: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        config = self.config
-        if config.resource == "log":
-            return resource_loss(ratio, config.budget)
-        return self.price.of_size(ratio)
+    def _pay(self, ratio: Float[Tensor, ""], step: int | Tensor) -> Float[Tensor, ""]:
+        if self.config.resource == "log":
+            return resource_loss(ratio, self.config.budget)
+        return self.price.of_size(ratio, ratio.detach() / self._target(step) - 1)
 
     def _denoise(
         self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone
