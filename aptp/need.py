@@ -173,6 +173,26 @@ class NeedHead(nn.Module):
         self._meet(now, self._log_errors(z), intervals, member)
         return self
 
+    @torch.no_grad()
+    def level_by_cost(
+        self, costs: Float[Tensor, " code"], counts: Float[Tensor, " code"], expected_fall: float
+    ) -> None:
+        """Puts what codes lose on average on a straight line of its logarithm over their costs.
+
+        For codes that share one set of weights: there size is all that they differ in, and a code that happened to be
+        trained more would otherwise look better, be used more, and be trained more still.
+
+        Args:
+            counts: observations of each code. expected_fall: of the logarithm for a unit of cost, which is believed
+                where codes are of nearly one size.
+        """
+        levels = self.levels + self.profile.logsumexp(1) - log(_INTERVALS)
+        share = (counts + 1) / (counts + 1).sum()
+        apart, mean = costs - (share * costs).sum(), (share * levels).sum()
+        seen, held = counts.sum() * (share * apart.square()).sum(), _PRIOR * (0.1 * costs.mean()).square()
+        fall = (held * expected_fall - counts.sum() * (share * apart * levels).sum()) / (held + seen)
+        self.levels = self.levels + mean - fall.clamp_min(expected_fall / 10) * apart - levels
+
     def _drift(self, log_errors: Float[Tensor, " row"], member: Float[Tensor, "row code"]) -> Float[Tensor, " row"]:
         """How far above its level of now a code's level was when each observation was made."""
         made = torch.arange(len(log_errors), device=log_errors.device).to(log_errors) / self.config.recent

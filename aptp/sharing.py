@@ -10,14 +10,15 @@ and price up to date, since what a code costs a prompt falls by an order of magn
 """
 
 from math import inf
-from typing import Any
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from aptp.calibration import set_price
+from aptp.calibration import set_price, set_sizes
 from aptp.codes import PruningSpace
+from aptp.cost import CostTable
 from aptp.finetuning import FinetuningStage
 from aptp.gates import gated
 from aptp.latents import Batch
@@ -25,8 +26,14 @@ from aptp.losses import Gather, LossTerms, alone
 from aptp.need import NeedMemory, Observations
 from aptp.noise import Noise
 from aptp.objectives import FinetuningConfig
+from aptp.price import marginals
 from aptp.router import Router
 from aptp.routes import code_usage
+from aptp.sizes import adapted_sizes
+
+_RESIZE: Final = 0.3  # of what would make the codes' marginal losses equal, at each fit of the need head
+_FALL: Final = 3.0  # of the logarithm of a loss, for as much cost as the budget; on two data sets it was 3 to 4
+_MOST: Final = 0.05  # of a code's size, that it moves at each fit
 
 
 class SharingStage(nn.Module):
@@ -52,18 +59,20 @@ class SharingStage(nn.Module):
         scheduler: Any,
         config: FinetuningConfig,
         budget: float,
+        table: CostTable,
         *,
         null_states: Float[Tensor, "token text"] | None = None,
         balance: float = 0.0,
         exploration: float = 0.15,
         refit_every: int = 20,
+        resize_until: int = 0,
     ) -> None:
         super().__init__()
         self.distillation = FinetuningStage(student, teacher, scheduler, config, null_states=null_states)
         self.space, self.router, self.budget = space, router.requires_grad_(False), budget
         self.balance, self.exploration, self.refit_every = balance, exploration, refit_every
-        masks = torch.stack([code.mask for code in router.architecture_codes()])
-        self.register_buffer("codes", masks, persistent=False)
+        self.table, self.resize_until = table, resize_until
+        self.register_buffer("codes", self._masks(), persistent=False)
         self.memory = None
         if router.need is not None:
             router.need.reserve(router.config.need.memory)
@@ -78,6 +87,10 @@ class SharingStage(nn.Module):
         if missing:
             raise ValueError(f"a sharing stage's learned state differs in {sorted(missing)[:5]}")
         self.load_state_dict(state, strict=False)
+        self.codes.copy_(self._masks())
+
+    def _masks(self) -> Tensor:
+        return torch.stack([code.mask for code in self.router.architecture_codes()])
 
     def forward(self, batch: Batch, *, noise: Noise, gather: Gather = alone) -> LossTerms:
         """The terms of one batch, each row under its code."""
@@ -116,6 +129,22 @@ class SharingStage(nn.Module):
         before, enough = int(memory.count), self.router.config.need.enough
         memory.add(seen)
         if before + len(seen) >= enough and (before < enough or noise.step % self.refit_every == 0):
-            self.router.need.observe(memory.observations(), drifting=True)
-            prompts = memory.observations().embeddings
+            kept, costs = memory.observations(), self.router.costs
+            counts = torch.bincount(kept.codes, minlength=len(costs)).to(costs)
+            self.router.need.observe(kept, drifting=True)
+            self.router.need.level_by_cost(costs, counts, _FALL / self.budget)
+            prompts = kept.embeddings
             set_price(self.router, prompts, self.budget, tolerance=inf, balance=self.balance)
+            if noise.step < self.resize_until and self.router.num_codes > 1:
+                self._resize(prompts)
+                set_price(self.router, prompts, self.budget, tolerance=inf, balance=self.balance)
+
+    def _resize(self, prompts: Float[Tensor, "prompt dim"]) -> None:
+        """Sizes follow need, which is another now than before the weights were trained."""
+        router = self.router
+        routes = router.route_embeddings(prompts)
+        assert routes.losses is not None
+        found = marginals(router.costs, routes.losses, routes.indices)
+        wanted = adapted_sizes(router.costs, found, router.price, rate=_RESIZE, most=_MOST)
+        set_sizes(router, self.table, wanted.clamp(self.table.minimum, 1.0))
+        self.codes.copy_(self._masks())

@@ -13,8 +13,8 @@ import aptp
 ROOT = Path(__file__).parent.parent
 LIBRARY = [
     "latents", "prompts", "codes", "backbones", "sites", "gates", "slicing", "cost", "expert", "noise", "relax",
-    "transport", "need", "routes", "router", "losses", "objectives", "price", "pruning", "calibration", "baselines",
-    "finetuning", "sharing", "release", "pipeline", "metrics", "analysis", "cli",
+    "transport", "need", "routes", "router", "losses", "objectives", "price", "sizes", "calibration", "pruning",
+    "baselines", "finetuning", "sharing", "release", "pipeline", "metrics", "analysis", "cli",
 ]  # fmt: skip
 PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "": [

@@ -113,6 +113,7 @@ class PruneSection:
 class ShareSection:
     """The training that all experts share before they part: how it runs, and what it minimises. No steps: it is off."""
 
+    resize: Share = 0.5  # of the steps, from the first on: while the codes' sizes follow what their prompts need
     run: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=0, learning_rate=1e-5))
     objective: FinetuningConfig = field(default_factory=FinetuningConfig)
 

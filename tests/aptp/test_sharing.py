@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from aptp.calibration import set_sizes
 from aptp.cost import cost_table
 from aptp.gates import gated
 from aptp.latents import Batch
@@ -22,7 +23,7 @@ SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_pred
 CONFIG = FinetuningConfig(null_share=0.0, denoising_weight=0.0, output_weight=1.0, feature_weight=0.0)
 
 
-def a_stage(routing: str = "need", seed: int = 0) -> SharingStage:
+def a_stage(routing: str = "need", seed: int = 0, **options) -> SharingStage:
     """Two codes, the second larger than the first by its offset."""
     teacher = tiny.unet()
     space = read_space(teacher)
@@ -33,7 +34,7 @@ def a_stage(routing: str = "need", seed: int = 0) -> SharingStage:
     table = cost_table(teacher, space, (8, 8), 5)
     router.costs.copy_(table.ratio(router.harden(router.code_gates(router.codes))))
     budget = float(router.costs.mean())
-    return SharingStage(copy.deepcopy(teacher), teacher, space, router, SCHEDULER, CONFIG, budget)
+    return SharingStage(copy.deepcopy(teacher), teacher, space, router, SCHEDULER, CONFIG, budget, table, **options)
 
 
 def a_batch(count: int = 8, seed: int = 0) -> Batch:
@@ -97,6 +98,36 @@ def test_the_router_follows_what_training_measures():
     fresh = a_batch(64, seed=5).embeddings
     predicted, measured = stage.router.need(fresh).mean(0), torch.tensor([error_of(stage, code) for code in range(2)])
     assert (predicted.argmin() == measured.argmin()).item()
+
+
+def test_sizes_follow_what_prompts_lose_while_weights_train():
+    """Errors that are known: prompts of the first kind lose a tenth of what the others lose at the same cost."""
+    stage = a_stage(resize_until=60, exploration=0.3, refit_every=4)
+    stage.budget = 0.6
+    set_sizes(stage.router, stage.table, torch.tensor([0.57, 0.63]))
+    measure, assign, seen = stage.distillation.measure, stage._assign, {}
+
+    def assigned(batch, noise):
+        seen["codes"] = assign(batch, noise)
+        return seen["codes"]
+
+    def known(batch, noise, gather):
+        terms, _, times = measure(batch, noise, gather)
+        need = torch.where(batch.embeddings[:, 0] > 0, 1.0, 0.1)
+        return terms, need * torch.exp(-8 * stage.router.costs[seen["codes"]]), times
+
+    stage._assign, stage.distillation.measure = assigned, known
+    with torch.no_grad():
+        for step in range(60):
+            batch = a_batch(seed=step)
+            batch.embeddings[:, 0] = 4.0 * batch.embeddings[:, 0].sign()
+            stage(batch, noise=Noise(0, step, batch.rows))
+    small, large = stage.router.costs.sort().values
+    assert large - small > 0.15, stage.router.costs  # ln(10) / 8 would be best
+    assert small < 0.6 < large
+    masks = torch.stack([code.mask for code in stage.router.architecture_codes()])
+    assert torch.equal(stage.codes, masks)
+    assert torch.allclose(stage.table.ratio(masks), stage.router.costs)
 
 
 def test_four_steps_are_two_and_a_resumption_and_two():

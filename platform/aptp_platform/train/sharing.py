@@ -12,12 +12,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from aptp.cost import cost_table
 from aptp.latents import encode_texts
 from aptp.losses import LossTerms
 from aptp.router import Router
 from aptp.sharing import SharingStage
 from aptp_platform.config import RunConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, to_tree
+from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import PipelineParts, load_pipeline_parts
 from aptp_platform.run.layout import CURVES, PRUNED, ROUTER, SHARED, TENSORBOARD, UNET, home
 from aptp_platform.storage.store import Store
@@ -61,7 +63,11 @@ class ShareSpec:
     def depends_on(self) -> Mapping[str, Any]:
         sections = {
             "prune": {"objective": to_tree(self.config.prune.objective)},
-            "share": {"objective": to_tree(self.config.share.objective), "run": result_of(self.training)},
+            "share": {
+                "objective": to_tree(self.config.share.objective),
+                "resize": self.config.share.resize,
+                "run": result_of(self.training),
+            },
         }
         return {**common_of(self.config), **sections}
 
@@ -70,6 +76,12 @@ class ShareSpec:
         with tempfile.TemporaryDirectory() as scratch:
             router = Router.load(home(config, "prune").join(PRUNED).fetch(ROUTER, scratch))
         student = copy.deepcopy(parts.unet).float()
+        table = cost_table(
+            parts.unet,
+            router.space,
+            latent_size=latent_size(self.stream.encoded),
+            num_text_tokens=parts.tokenizer.model_max_length,
+        )
         module = SharingStage(
             student,
             parts.unet,
@@ -78,8 +90,10 @@ class ShareSpec:
             parts.scheduler,
             config.share.objective,
             config.router.budget,
+            table,
             null_states=encode_texts(parts.tokenizer, parts.text_encoder, [""])[0],
             balance=config.prune.objective.balance,
+            resize_until=round(config.share.resize * self.training.steps),
         )
         for network in (student, parts.unet):
             compute_in(network, self.training.engine.precision)
@@ -125,4 +139,8 @@ class ShareSpec:
             shared = self._root.join(SHARED)
             shared.publish(Path(scratch) / UNET, UNET, last=("config.json",))
             shared.publish(Path(scratch) / ROUTER, ROUTER, last=("router.json",))
-        return {"steps": self.training.steps, "price": round(float(module.router.price), 4)}
+        return {
+            "steps": self.training.steps,
+            "price": round(float(module.router.price), 4),
+            "ratios": [round(cost, 4) for cost in module.router.costs.tolist()],
+        }
