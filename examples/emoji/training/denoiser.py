@@ -24,9 +24,11 @@ class DenoiserConfig:
     """How the denoiser is shaped and trained.
 
     `images` counts what is seen over all workers. The rate is constant after the warm-up and falls linearly to zero
-    over the last `decay_share` of the images, so a run can be extended at any time before that.
+    over the last `decay_share` of the images, so a run can be extended at any time before that. `start` is the folder
+    of a trained UNet to go on from, in place of an untrained one of these widths.
     """
 
+    start: str | None = None
     channels: tuple[int, ...] = (32, 64, 128, 128)
     heads: tuple[int, ...] = (2, 4, 8, 8)
     images: int = 300_000
@@ -52,7 +54,9 @@ class CachedSet:
 
 
 def build_denoiser(config: DenoiserConfig, sample_size: int, text_dim: int) -> UNet2DConditionModel:
-    """An untrained UNet shaped as Stable Diffusion 2.1's, at these widths."""
+    """A UNet shaped as Stable Diffusion 2.1's at these widths, untrained, or the one to go on from."""
+    if config.start is not None:
+        return UNet2DConditionModel.from_pretrained(config.start).float()
     return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=4,
