@@ -18,7 +18,7 @@ from aptp.router import Router
 from aptp.routes import Routes, code_usage, require_used
 from aptp.transport import assign
 
-_ABOVE_LEAST: Final = 1.02  # the smallest size, of what a code costs when all of its width gates are closed
+_NEAR: Final = 0.5  # of a shift: a code's size changes by a few hundredths
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ def calibrate_budget(
     balance: float = 0.0,
     allow_unused: bool = False,
 ) -> Calibration:
-    """Moves the thresholds of all gates by one number until the prompts, as finally routed, cost the budget on average.
+    """Makes the prompts, as finally routed, cost the budget on average.
+
+    The thresholds of all gates move by one number, if by little; else prompts pay another price, if that is enough: the
+    larger codes become, the more prompts go to the small ones. Only then the thresholds move as far as it takes.
 
     The shift is added to every width logit of codes and predictor alike, which keeps each site's order of units; depth
     moves only if width alone cannot reach the budget. Routes are computed anew for every shift that is tried. The
@@ -69,11 +72,21 @@ def calibrate_budget(
         usage = code_usage((routes.scores + router.bias).argmax(1), router.num_codes)
         return float((usage * router.costs).sum())
 
+    def off(width: float, depth: float) -> bool:
+        return abs(ratio_at(width, depth) / budget - 1) > tolerance
+
     width, depth = router.shift.tolist()
     before = ratio_at(width, depth)
     if abs(before / budget - 1) > tolerance / 10:
-        width = _nearest(lambda shift: ratio_at(shift, depth) - budget, width)
-        if abs(ratio_at(width, depth) / budget - 1) > tolerance:
+        trained = width
+        width = _nearest(lambda shift: ratio_at(shift, depth) - budget, trained, trained - _NEAR, trained + _NEAR)
+        if off(width, depth):
+            ratio_at(trained, depth)
+            if _priced(router, embeddings, budget, tolerance, balance):
+                width = trained
+            else:
+                width = _nearest(lambda shift: ratio_at(shift, depth) - budget, trained)
+        if off(width, depth):
             kept_longest = LOGIT_LIMIT + router.config.relaxation.offset  # its gate closes at a shift of minus this
             depth = _nearest(lambda shift: ratio_at(shift, shift) - budget, depth, low=0.5 - kept_longest)
             width = _nearest(lambda shift: ratio_at(shift, depth) - budget, depth)
@@ -88,6 +101,19 @@ def calibrate_budget(
         require_used(usage)
     width, depth = router.shift.tolist()
     return Calibration(before, after, width, depth, tuple(usage.tolist()))
+
+
+def _priced(router: Router, embeddings: Tensor, budget: float, tolerance: float, balance: float) -> bool:
+    """Whether another price alone meets the budget; it is set then, and sizes stay as they were trained."""
+    if router.need is None or router.num_codes == 1:
+        return False
+    price = router.price.clone()
+    try:
+        set_price(router, embeddings, budget, tolerance=tolerance, balance=balance)
+    except ValueError:
+        router.price.copy_(price)
+        return False
+    return True
 
 
 def _nearest(over: Callable[[float], float], start: float, low: float = -30.0, high: float = 30.0) -> float:
@@ -106,35 +132,6 @@ def _nearest(over: Callable[[float], float], start: float, low: float = -30.0, h
         middle = (near + far) / 2
         near, far = (middle, far) if (over(middle) > 0) == sign else (near, middle)
     return min((near, far), key=lambda shift: abs(over(shift)))
-
-
-@torch.no_grad()
-def set_sizes(router: Router, table: CostTable, wanted: Float[Tensor, " code"]) -> None:
-    """Moves every code's own threshold until it costs what is wanted, or as near as its width can bring it."""
-    move_to_sizes(router.offsets, lambda: table.ratio(router.harden(router.code_gates(router.codes))), wanted)
-    router.costs.copy_(table.ratio(router.harden(router.code_gates(router.codes))))
-
-
-@torch.no_grad()
-def move_to_sizes(
-    shifts: Float[Tensor, " code"], ratios: Callable[[], Float[Tensor, " code"]], wanted: Float[Tensor, " code"]
-) -> None:
-    """Sets `shifts`, on which `ratios()` depends, code by code, to where the ratio is nearest to what is wanted.
-
-    A ratio at which width has nothing left to give is met from above: far below all of its gates a code could not find
-    back.
-    """
-    low, high = torch.full_like(shifts, -30.0), torch.full_like(shifts, 30.0)
-    shifts.copy_(low)
-    wanted = torch.maximum(wanted, _ABOVE_LEAST * ratios())
-    for _ in range(24):
-        shifts.copy_((low + high) / 2)
-        small = ratios() < wanted
-        low, high = torch.where(small, shifts, low), torch.where(small, high, shifts)
-    shifts.copy_(low)
-    below = wanted - ratios()
-    shifts.copy_(high)
-    shifts.copy_(torch.where(ratios() - wanted < below, high, low))
 
 
 @torch.no_grad()

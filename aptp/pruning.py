@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from aptp.calibration import move_to_sizes
 from aptp.codes import PruningSpace
 from aptp.cost import CostTable
 from aptp.gates import block_features, gated
@@ -49,11 +48,10 @@ from aptp.objectives import PruningConfig
 from aptp.price import Price, marginals
 from aptp.router import Router
 from aptp.routes import code_usage
+from aptp.sizes import hold_sizes, part_sizes, target_cost
 from aptp.transport import Transport, assign
 
 _FIRST_EXPLORATION: Final = 0.5  # the share of prompts that are only measured until the need head can be solved for
-_DRAWS: Final = 8  # of noise, that the codes' sizes are averaged over when they part
-_FOLLOW: Final = 0.5  # a threshold moves by this for each unit of cost that a code is cut smaller than it is trained
 
 
 class PruningStage(nn.Module):
@@ -115,7 +113,8 @@ class PruningStage(nn.Module):
         if warm and config.warmup == "parent":
             codes = codes.mean(0, keepdim=True).expand_as(codes)
         elif noise.step == config.warmup_steps:
-            self._part(codes, noise)
+            part_sizes(router, self.table, codes, noise, config)
+            self.usage.fill_(1 / router.num_codes)
         code_noise = noise.of(torch.arange(len(codes), device=codes.device)).gumbel(codes.shape[1], use="codes")
         sampled_codes, free_codes = router.code_gates(codes, code_noise), router.code_gates(codes)
         sampled_prompts = router.gates(logits, noise.gumbel(logits.shape[1], use="prompts"))
@@ -150,7 +149,15 @@ class PruningStage(nn.Module):
             ratios = gather(self.table.ratio(router.harden(free_prompts)))
             shares = torch.ones_like(ratios)
         elif config.resource == "price":
-            self._hold(noise.step, sampled_ratios.detach(), code_ratios.detach(), warm=warm)
+            usage = torch.ones_like(self.usage) / router.num_codes if warm else self.usage
+            hold_sizes(
+                router,
+                sampled_ratios.detach(),
+                code_ratios.detach(),
+                usage,
+                target_cost(noise.step, config),
+                config.hold,
+            )
             ratios, shares = code_ratios, self.usage.clone()
         else:
             # Half the weight is the transport's equal share: a code that inference does not use yet would otherwise
@@ -192,43 +199,6 @@ class PruningStage(nn.Module):
                 "margin": routed.margins.mean(),
             },
         )
-
-    @torch.no_grad()
-    def _part(self, codes: Float[Tensor, "code gate"], noise: Noise) -> None:
-        """The codes leave the warm-up at unlike sizes: the smallest for the first, the largest for the last."""
-        span, count = self.config.size_span, self.router.num_codes
-        if count == 1 or span == 0:
-            return
-        wanted = self.config.budget * torch.linspace(1 - span, 1 + span, count, device=codes.device)
-        wanted = wanted.clamp(self.table.minimum, 1.0)
-        router, draws = self.router, noise.of(torch.arange(_DRAWS * count, device=codes.device))
-        draws = draws.gumbel(codes.shape[1], use="parting").unflatten(0, (_DRAWS, count))
-
-        def trained() -> Float[Tensor, " code"]:
-            return torch.stack([self.table.ratio(router.code_gates(codes, draw)) for draw in draws]).mean(0)
-
-        def as_cut() -> Float[Tensor, " code"]:
-            return self.table.ratio(router.harden(router.code_gates(codes)))
-
-        move_to_sizes(router.offsets, trained, wanted)
-        move_to_sizes(router.widening, as_cut, trained())
-        self.usage.fill_(1 / count)
-
-    def _target(self, step: int | Tensor) -> Float[Tensor, ""]:
-        """What the routed prompts shall cost at a step: it falls from the whole network to the budget."""
-        fall = max(1.0, self.config.descent * self.config.warmup_steps)
-        share = torch.as_tensor(step / fall, device=self.usage.device).clamp(max=1.0)
-        return 1 + (self.config.budget - 1) * share
-
-    def _hold(
-        self, step: int | Tensor, trained: Float[Tensor, " code"], as_cut: Float[Tensor, " code"], *, warm: bool
-    ) -> None:
-        """All codes follow the target by one amount, and a code is cut at the size that it is trained at."""
-        over = (self.usage * trained).sum() - self._target(step)
-        # A code without prompts feels no price: what the others' holds against would carry it away.
-        moved = 1.0 if warm else (self.usage * self.router.num_codes).clamp(max=1.0)
-        self.router.offsets.sub_(self.config.hold * over * moved)
-        self.router.widening.add_(_FOLLOW * (trained - as_cut))
 
     @torch.no_grad()
     def _assign(
@@ -296,7 +266,7 @@ class PruningStage(nn.Module):
     def _pay(self, ratio: Float[Tensor, ""], step: int | Tensor) -> Float[Tensor, ""]:
         if self.config.resource == "log":
             return resource_loss(ratio, self.config.budget)
-        return self.price.of_size(ratio, ratio.detach() / self._target(step) - 1)
+        return self.price.of_size(ratio, ratio.detach() / target_cost(step, self.config) - 1)
 
     def _denoise(
         self, batch: Batch, mask: Tensor, noise: Noise, gather: Gather = alone

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from aptp.calibration import set_price, set_sizes
+from aptp.calibration import set_price
 from aptp.codes import PruningSpace
 from aptp.cost import CostTable
 from aptp.finetuning import FinetuningStage
@@ -29,7 +29,7 @@ from aptp.objectives import FinetuningConfig
 from aptp.price import marginals
 from aptp.router import Router
 from aptp.routes import code_usage
-from aptp.sizes import adapted_sizes
+from aptp.sizes import adapted_sizes, set_sizes
 
 _RESIZE: Final = 0.3  # of what would make the codes' marginal losses equal, at each fit of the need head
 _FALL: Final = 3.0  # of the logarithm of a loss, for as much cost as the budget; on two data sets it was 3 to 4

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aptp.calibration import calibrate_budget, set_price, set_sizes
+from aptp import calibration
+from aptp.calibration import calibrate_budget, set_price
 from aptp.codes import PruningSpace
 from aptp.cost import CostTable, cost_table
 from aptp.need import NeedConfig, NeedHead, Observations
 from aptp.router import Router
 from aptp.routes import RouterConfig, UnusedCodeError
 from aptp.sites import read_space
+from aptp.sizes import set_sizes
 from tests.support import tiny
 
 
@@ -88,6 +90,20 @@ def test_calibration_stays_near_what_was_learned(space, table):
     assert found.usage == (0.0, 1.0)
     assert abs(found.width_shift) < 0.2
     assert found.depth_shift == 0
+
+
+def test_calibration_leaves_sizes_as_they_were_where_a_price_is_enough(space, table, monkeypatch):
+    """At a price of 9 all prompts take the smallest code, which is too small to cost the budget soon."""
+    monkeypatch.setattr(calibration, "_NEAR", 0.01)
+    z = embeddings(300)
+    router = a_router_by_need(space, table, z)
+    router.price.fill_(9.0)
+    codes, budget = router.architecture_codes(), float(router.costs.min() + 3 * router.costs.max()) / 4
+    found = calibrate_budget(router, z, table, budget, allow_unused=True)
+    assert abs(found.ratio_before / budget - 1) > 0.02
+    assert found.ratio == pytest.approx(budget, rel=0.01)
+    assert router.architecture_codes() == codes
+    assert router.price < 9
 
 
 def test_each_code_can_be_given_a_size(space, table):

@@ -52,6 +52,6 @@ def test_at_convergence_a_unit_of_cost_saves_every_code_the_same_loss(needs, slo
     saved = (
         slope * need * torch.exp(-slope * torch.stack([costs[kind :: len(needs)].mean() for kind in range(len(needs))]))
     )
-    assert saved.max() / saved.min() < 1.4, saved
+    assert saved.max() / saved.min() < 1.5, saved
     alike = slope * need * torch.exp(torch.tensor(-slope * budget))
     assert alike.max() / alike.min() > 3.9, "with codes of one size it would differ as the needs do"

@@ -5,7 +5,6 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from aptp.calibration import set_sizes
 from aptp.cost import cost_table
 from aptp.gates import gated
 from aptp.latents import Batch
@@ -16,6 +15,7 @@ from aptp.router import Router
 from aptp.routes import RouterConfig
 from aptp.sharing import SharingStage
 from aptp.sites import read_space
+from aptp.sizes import set_sizes
 from aptp.slicing import slice_unet
 from tests.support import tiny
 
