@@ -12,6 +12,7 @@ from ray.serve import Application
 from aptp_platform.serve.args import ExpertArgs, ScalingArgs, ServeArgs
 from aptp_platform.serve.engine.expert import Expert
 from aptp_platform.serve.http.ingress import Ingress
+from aptp_platform.serve.http.wire.substitutes import check_names
 from aptp_platform.serve.messages import TEACHER, code_name
 from aptp_platform.serve.release_source import ReleaseSource
 from aptp_platform.serve.routing.router import Router
@@ -25,13 +26,14 @@ def build(args: ServeArgs) -> Application:
 
     Raises:
         ValueError: no whole release is there, a file is not what its hash says, `codes` names a code that does not
-            exist, or the teacher is wanted and not in the release.
+            exist, `images.aliases` a model that does not, or the teacher is wanted and not in the release.
     """
     source = ReleaseSource(args.release, args.storage, args.cache)
     catalog = source.catalog(with_teacher=args.teacher_args is not None)
     unknown = set(args.codes) - set(range(len(catalog.codes)))
     if unknown:
         raise ValueError(f"codes: {min(unknown)}: the release has codes 0..{len(catalog.codes) - 1}: remove the entry")
+    check_names(args.images, catalog)
     models = {code_name(index): (f"Expert-{index:02d}", args.expert(index)) for index in range(len(catalog.codes))}
     if args.teacher_args is not None:
         models[TEACHER] = ("Teacher", args.teacher_args)

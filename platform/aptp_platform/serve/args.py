@@ -5,12 +5,17 @@ Ray's own `AutoscalingConfig` ignores keys that it does not know, hence a schema
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from aptp_platform.storage.store import StorageConfig
 from aptp_platform.unknown_keys import unknown_key
+
+SIZE: Final = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+# What clients ask for when nobody told them otherwise, and no release is called.
+_OPENAI_NAMES: Final = dict.fromkeys(("dall-e-*", "gpt-image-*", "chatgpt-image-*"), "auto")
 
 
 class _Section(BaseModel):
@@ -111,6 +116,10 @@ class IngressArgs(_Section):
     body_timeout_s: float = Field(default=10.0, gt=0, description="a slower request body gets a 408")
     request_timeout_s: float = Field(default=300.0, gt=0, description="a request that takes longer is ended with a 504")
     heartbeat_s: float = Field(default=15.0, gt=0, description="a quiet stream sends a comment this often, for proxies")
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description='pages of these origins may call the server: "https://ui.example", or "*"; none: no page',
+    )
     scaling: ScalingArgs = ScalingArgs(target_ongoing_requests=64)
 
 
@@ -122,17 +131,50 @@ class ImageArgs(_Section):
     guidance_scale: float = Field(default=7.5, ge=0)
     max_guidance_scale: float = Field(default=30.0, ge=1)
     max_images: int = Field(default=10, ge=1, le=10)
-    max_prompt_chars: int = Field(default=4000, ge=1)
+    max_prompt_chars: int = Field(default=32_000, ge=1)
     sizes: tuple[str, ...] = Field(default=(), description='"WxH", besides the release\'s own')
+    other_sizes: Literal["nearest", "refuse", "resize"] = Field(
+        default="nearest",
+        description="asked for any other size, draw the served one of nearest shape and area; resize: then make the "
+        "file as large as asked; refuse: a 400. The header x-aptp-size says what was drawn",
+    )
+    max_resize: int = Field(default=4096, ge=1, description="pixels of the longer side that resize may make")
+    aliases: dict[str, str] = Field(
+        default=_OPENAI_NAMES,
+        description="other names of auto, a code or the teacher, as patterns with * and ?; the first that fits counts",
+    )
+    other_models: str = Field(
+        default="refuse", description="what any other model name means: a served model's name, or refuse: a 404"
+    )
+    other_fields: Literal["refuse", "ignore"] = Field(
+        default="refuse", description="fields of a body that nobody knows; ignore: the header x-aptp-ignored lists them"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ImageArgs:
+        for size in self.sizes:
+            if SIZE.fullmatch(size) is None:
+                raise ValueError(f'sizes: {size!r}: write "WxH" in pixels, as "512x768"')
         if self.num_inference_steps > self.max_inference_steps:
             raise ValueError(
                 f"num_inference_steps {self.num_inference_steps} must not be above "
                 f"max_inference_steps {self.max_inference_steps}"
             )
         return self
+
+
+class LinkArgs(_Section):
+    """Where images wait that were asked for as URLs (`response_format: url`)."""
+
+    folder: str | None = Field(
+        default=None,
+        description="a path, file:// or s3:// URI that all ingress replicas share; unset: a temporary folder if there "
+        "is one ingress replica at most, else the URL is a data: URL",
+    )
+    expires_s: float = Field(default=3600.0, gt=0, description="how long a URL can be fetched")
+    base_url: str | None = Field(
+        default=None, description='of the server as clients reach it, "https://images.example"; unset: as they did'
+    )
 
 
 class DecisionArgs(_Section):
@@ -183,6 +225,7 @@ class ServeArgs(_Section):
     router: RouterArgs = RouterArgs()
     ingress: IngressArgs = IngressArgs()
     images: ImageArgs = ImageArgs()
+    links: LinkArgs = LinkArgs()
     decisions: DecisionArgs = DecisionArgs()
     keys: KeyArgs = KeyArgs()
     page: PageArgs = PageArgs()

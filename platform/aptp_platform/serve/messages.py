@@ -22,7 +22,8 @@ def code_name(index: int) -> str:
 class GenerationRequest:
     """A complete request for images: running it again gives the same images.
 
-    seeds: one per image. size: (width, height) in pixels. budget: a share of the teacher's MACs, or None. price: the
+    seeds: one per image. size: (width, height) in pixels. file_size: to which the finished image is made larger or
+    smaller; None: it is not. budget: a share of the teacher's MACs, or None. price: the
     predicted loss that all of the teacher's MACs would be worth, or None for the release's own.
     expires: seconds since the epoch after which it is not begun any more. compression: quality of jpeg and webp,
     0..100. num_previews: unfinished images wanted on the way. caller: the name of the API key it came with.
@@ -42,6 +43,7 @@ class GenerationRequest:
     output_format: OutputFormat = "png"
     compression: int = 100
     num_previews: int = 0
+    file_size: tuple[int, int] | None = None
     request_id: str = ""
     caller: str = ""
 

@@ -141,8 +141,12 @@ class Expert:
             "num_inference_steps": str(request.num_inference_steps),
             "guidance_scale": f"{request.guidance_scale:g}",
         }
+        size = request.file_size if image.preview is None else None
+        data = encode_image(
+            image.pixels, request.output_format, compression=request.compression, size=size, facts=facts
+        )
         return ImageResult(
-            data=encode_image(image.pixels, request.output_format, compression=request.compression, facts=facts),
+            data=data,
             seed=seed,
             num_text_tokens=self._denoiser.count_tokens(request.prompt),
             queue_ms=image.queue_ms,

@@ -20,15 +20,19 @@ def encode_image(
     output_format: OutputFormat,
     *,
     compression: int = 100,
+    size: tuple[int, int] | None = None,
     facts: Mapping[str, str],
 ) -> bytes:
     """The file's bytes.
 
     Args:
         compression: quality of jpeg and webp, 0..100, OpenAI's `output_compression`; PNG ignores it.
+        size: (width, height) to which the pixels are resampled; None: as they are.
         facts: text chunks of a PNG; in the others, `name=value` lines of the EXIF image description.
     """
     image, stream = Image.fromarray(pixels.numpy()), io.BytesIO()
+    if size is not None:
+        image = image.resize(size, Image.Resampling.LANCZOS)
     if output_format == "png":
         chunks = PngImagePlugin.PngInfo()
         for name, value in facts.items():

@@ -18,21 +18,26 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.http.keys import ApiKey, ApiKeyAuth
+from aptp_platform.serve.http.links import PATH, ImageLinks
 from aptp_platform.serve.http.metrics import IngressMetrics
-from aptp_platform.serve.http.openai import (
-    ImageRequest,
-    RouteRequest,
+from aptp_platform.serve.http.paths import LenientPaths
+from aptp_platform.serve.http.streams import in_time, open_stream
+from aptp_platform.serve.http.wire.fields import ImageRequest, RouteRequest, parse_body
+from aptp_platform.serve.http.wire.openai import (
+    adaptations,
     choice_json,
+    data_url,
     error_body,
     images_response,
     models_response,
-    parse_request,
     to_generation_request,
 )
-from aptp_platform.serve.http.streams import in_time, open_stream
+from aptp_platform.serve.http.wire.substitutes import model_of
+from aptp_platform.serve.http.wire.upload import read_json
 from aptp_platform.serve.messages import ApiError, Catalog, Choice, CodeMap, GenerationRequest, ImageResult, ModelLoad
 from aptp_platform.serve.replicas import ReplicaCounts
 from aptp_platform.serve.retries import call, call_stream
@@ -40,6 +45,11 @@ from aptp_platform.serve.retries import call, call_stream
 _PAGE: Final = Path(__file__).parent / "static" / "index.html"
 _PAGE_POLICY: Final = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"  # the page needs no other host
 _READY_TIMEOUT_S: Final = 5.0
+_TOLD: Final = (  # headers that a page of another origin may read
+    "x-request-id", "retry-after", "server-timing", "openai-processing-ms", "x-aptp-code", "x-aptp-routed-code",
+    "x-aptp-reason", "x-aptp-macs-ratio", "x-aptp-margin", "x-aptp-ms", "x-aptp-predicted-loss", "x-aptp-size",
+    "x-aptp-ignored", "x-ratelimit-limit-macs", "x-ratelimit-remaining-macs", "x-ratelimit-reset-macs",
+)  # fmt: skip
 
 
 class Gateway(Protocol):
@@ -113,9 +123,20 @@ def _listens_on_loopback() -> bool:
 
 def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKeyAuth) -> FastAPI:
     """The HTTP side of a server. `x-request-id` is set by Ray Serve's proxy, on every response."""
-    app = FastAPI(title="APTP", docs_url=None, redoc_url=None)
+    app = FastAPI(title="APTP", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(LenientPaths)
+    if args.ingress.cors_origins:  # before the keys: a browser asks without one what it may send
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=args.ingress.cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=_TOLD,
+        )
     started = int(time.time())
     metrics = IngressMetrics()
+    shared = args.links.folder is not None or args.ingress.scaling.max_replicas == 1
+    links = ImageLinks(args.links, args.storage) if shared else None
 
     async def admitted(request: Request) -> None:
         """Before the body is read: who has no key is not listened to."""
@@ -123,16 +144,27 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
 
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(admitted)])
 
-    async def generation_of(request: Request, model: type[RouteRequest]) -> tuple[Any, GenerationRequest]:
-        body = parse_request(model, await _read_body(request, args))
+    async def generation_of(
+        request: Request, model: type[RouteRequest]
+    ) -> tuple[Any, GenerationRequest, dict[str, str]]:
+        """A request's body, what is to be made of it, and the headers that say what that differs in."""
+        raw = await read_json(request, args.ingress)
+        body, unknown = parse_body(model, raw, ignore_unknown=args.images.other_fields == "ignore")
         key: ApiKey | None = request.state.key
         request_id = request.headers.get("x-request-id", "")
-        return body, to_generation_request(body, args.images, catalog, request_id, key.name if key else "")
+        generation = to_generation_request(body, args.images, catalog, request_id, key.name if key else "")
+        return body, generation, adaptations(body, unknown, args.images, catalog)
+
+    async def urls_of(request: Request, generation: GenerationRequest, images: list[ImageResult]) -> list[str]:
+        if links is None:
+            return [data_url(generation, image) for image in images]
+        reached_at = _reached_at(request)
+        return [await links.add(image.data, generation.output_format, reached_at) for image in images]
 
     @v1.post("/images/generations")
     async def generate(request: Request) -> Response:
         begun = time.monotonic()
-        body, generation = await generation_of(request, ImageRequest)
+        body, generation, told = await generation_of(request, ImageRequest)
         with auth.charged(request.state.key, generation) as charge:
             if body.stream:
                 choice, events = await open_stream(gateway.stream(generation), generation, args.ingress)
@@ -142,18 +174,19 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
             else:
                 async with in_time(args.ingress.request_timeout_s):
                     choice, images = await gateway.generate(generation)
-                answer = JSONResponse(images_response(generation, choice, images, body))
+                urls = await urls_of(request, generation, images) if body.response_format == "url" else None
+                answer = JSONResponse(images_response(generation, choice, images, urls))
                 answer.headers.update(_headers(choice, begun, images))
             charge.correct(catalog.macs_of(generation, choice.macs))
-        answer.headers.update(auth.headers(request.state.key))
+        answer.headers.update(told | auth.headers(request.state.key))
         return answer
 
     @v1.post("/route")
     async def route(request: Request) -> Response:
         begun = time.monotonic()
-        _, generation = await generation_of(request, RouteRequest)
+        _, generation, told = await generation_of(request, RouteRequest)
         choice = await gateway.route(generation)
-        return JSONResponse(choice_json(choice), headers=_headers(choice, begun))
+        return JSONResponse(choice_json(choice), headers=_headers(choice, begun) | told)
 
     @v1.get("/map")
     async def code_map() -> Response:
@@ -163,14 +196,22 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
     async def models() -> Response:
         return JSONResponse(models_response(catalog, started))
 
-    @v1.get("/models/{name}")
+    @v1.get("/models/{name:path}")
     async def model(name: str) -> Response:
-        for entry in models_response(catalog, started)["data"]:
-            if entry["id"] == name:
-                return JSONResponse(entry)
-        raise ApiError(404, f"The model {name[:64]!r} does not exist.", code="model_not_found", param="model")
+        served = model_of(name, args.images, catalog)
+        (entry,) = (each for each in models_response(catalog, started)["data"] if each["id"] == served)
+        return JSONResponse({**entry, "id": name})
 
     app.include_router(v1)
+
+    @app.get(f"{PATH}/{{name}}")
+    async def image(name: str) -> Response:
+        """Whoever was told the name may fetch it: a browser's `img` sends no key."""
+        if links is None:
+            raise ApiError(404, "This server keeps no images.", code="image_not_found")
+        data, kind = await links.read(name)
+        headers = {"cache-control": "private", "x-content-type-options": "nosniff"}
+        return Response(data, media_type=kind, headers=headers)
 
     @app.get("/health")
     async def health() -> Response:
@@ -204,6 +245,9 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
+        allowed = (error.headers or {}).get("Allow")
+        if request.method == "OPTIONS" and error.status_code == 405 and allowed:
+            return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
         code = "unknown_url" if error.status_code == 404 else None
         message = f"{error.detail}: {request.method} {request.url.path[:128]}"
         return JSONResponse(error_body(error.status_code, message, code), error.status_code, dict(error.headers or {}))
@@ -216,29 +260,11 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
     return app
 
 
-async def _read_body(request: Request, args: ServeArgs) -> bytes:
-    """The body, if it is JSON of a bearable size and arrives in time."""
-    limit = args.ingress.max_body_bytes
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(
-            415, f"The body's content type is {kind[:64]!r}; send application/json.", code="unsupported_media_type"
-        )
-    too_large = ApiError(413, f"The body is larger than {limit} bytes.", code="request_too_large")
-    length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length[:20]) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(args.ingress.body_timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        message = f"The body did not arrive within {args.ingress.body_timeout_s:g} s."
-        raise ApiError(408, message, code="request_timeout", retry=False) from None
-    return bytes(body)
+def _reached_at(request: Request) -> str:
+    """Scheme and host as the client sees them, also behind a proxy that ends TLS."""
+    scheme = request.headers.get("x-forwarded-proto", "")
+    scheme = scheme if scheme in ("http", "https") else request.url.scheme
+    return f"{scheme}://{request.headers.get('host', request.url.netloc)}"
 
 
 def _headers(choice: Choice, begun: float, images: list[ImageResult] | None = None) -> dict[str, str]:

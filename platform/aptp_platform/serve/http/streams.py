@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from aptp_platform.serve.args import IngressArgs
-from aptp_platform.serve.http.openai import choice_json, error_body, stream_event
+from aptp_platform.serve.http.wire.openai import choice_json, error_body, stream_event
 from aptp_platform.serve.messages import ApiError, Choice, GenerationRequest, ImageResult
 
 

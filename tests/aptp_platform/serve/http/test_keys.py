@@ -1,82 +1,30 @@
 """API keys: known by their hashes, limited in multiply-adds, off on loopback; the secret is in no error and no log."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from aptp_platform.serve.args import KeyArgs, ServeArgs
-from aptp_platform.serve.http.ingress import create_app
-from aptp_platform.serve.http.keys import VARIABLE, ApiKeyAuth, make_key, read_keys
+from aptp_platform.serve.args import KeyArgs
+from aptp_platform.serve.http.keys import ApiKeyAuth, make_key, read_keys
 from aptp_platform.serve.http.limits import MacsBucket
-from aptp_platform.serve.messages import (
-    TEACHER,
-    ApiError,
-    Catalog,
-    Choice,
-    CodeMap,
-    GenerationRequest,
-    ImageResult,
-    ModelFacts,
-    ModelLoad,
-    Prediction,
-)
+from aptp_platform.serve.messages import ApiError
+from tests.support.cheap_server import CheapGateway, answers, door
 
-MODELS = (ModelFacts("code-00", 0.5, 5e8, 10, 1.0), ModelFacts(TEACHER, 1.0, 1e9, None, None))
-CATALOG = Catalog("0123456789ab", (16, 16), MODELS)
-PREDICTIONS = tuple(Prediction(model.name, model.ratio, model.macs, None) for model in MODELS)
 IMAGE = {"prompt": "a cat", "num_inference_steps": 10, "guidance_scale": 0}  # ten passes: 5e9 of code-00
-
-
-class CheapGateway:
-    """Sends every request to code-00, or refuses it, without making anything."""
-
-    refuses = 0  # with this status
-
-    async def route(self, request: GenerationRequest) -> Choice:
-        if self.refuses:
-            raise ApiError(self.refuses, "no", code="no")
-        return Choice("code-00", "code-00", "routed", (1.0,), 0.0, (1.0,), PREDICTIONS, 0.5, 5e8)
-
-    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]:
-        return await self.route(request), [ImageResult(b"", seed, 1, 0.0, 0.0, 1) for seed in request.seeds]
-
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult]:
-        choice, images = await self.generate(request)
-        yield choice
-        yield images[0]
-
-    async def loads(self) -> dict[str, ModelLoad]:
-        return {}
-
-    async def code_map(self) -> CodeMap:
-        return CodeMap(((0.0, 0.0),), (), ((0.0,), (0.0,)), (0.0,))
-
-
-def door(args: KeyArgs, entries: Any = (), *, loopback: bool = False) -> ApiKeyAuth:
-    environment = {VARIABLE: json.dumps([entry.model_dump() for entry in entries])}
-    return ApiKeyAuth(args, CATALOG, environment, listens_on_loopback=loopback)
 
 
 def ask(keeper: ApiKeyAuth, *calls: tuple[str, str, Any], gateway: Any = None) -> list[httpx.Response]:
     """Answers to (path, key, body); a body of None is a GET."""
 
-    async def main() -> list[httpx.Response]:
-        app = create_app(gateway or CheapGateway(), CATALOG, ServeArgs(release="x"), keeper)
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
-            answers = []
-            for path, key, body in calls:
-                headers = {"authorization": f"Bearer {key}"} if key else {}
-                send = http.get(path, headers=headers) if body is None else http.post(path, headers=headers, json=body)
-                answers.append(await send)
-            return answers
+    def sent(path: str, key: str, body: Any) -> dict[str, Any]:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return {"method": "GET" if body is None else "POST", "url": path, "headers": headers, "json": body}
 
-    return asyncio.run(main())
+    told: list[httpx.Response] = answers(*(sent(*call) for call in calls), keeper=keeper, gateway=gateway)
+    return told
 
 
 def test_a_bucket_lets_in_at_its_rate_and_never_starves_a_large_order() -> None:

@@ -1,0 +1,100 @@
+"""What HTTP clients and browsers expect besides the wire format: paths, methods, other origins, URLs of images."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cheap_server import answers
+
+GENERATE = "/v1/images/generations"
+
+
+def test_a_slash_at_the_end_and_other_methods_are_answered_and_nothing_redirects() -> None:
+    get, post, head, options, schema, wrong = answers(
+        {"url": "/v1/models/"},
+        {"url": f"{GENERATE}/", "method": "POST", "json": {"prompt": "a"}, "headers": {"host": "evil.example"}},
+        {"url": "/health", "method": "HEAD"},
+        {"url": GENERATE, "method": "OPTIONS"},
+        {"url": "/openapi.json"},
+        {"url": GENERATE, "method": "DELETE"},
+    )
+    assert (get.status_code, post.status_code) == (200, 200)
+    assert (head.status_code, head.content) == (200, b"")
+    assert (options.status_code, options.headers["allow"]) == (204, "POST, OPTIONS")
+    assert schema.status_code == 404
+    assert wrong.status_code == 405
+
+
+def test_a_page_of_another_origin_may_call_only_if_the_config_names_it() -> None:
+    asked = {
+        "url": GENERATE,
+        "method": "OPTIONS",
+        "headers": {
+            "origin": "https://ui.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type",
+        },
+    }
+    call = {"url": "/v1/models", "headers": {"origin": "https://ui.example"}}
+    for origins, wanted in (
+        ([], None),
+        (["https://other.example"], None),
+        (["https://ui.example"], "https://ui.example"),
+        (["*"], "*"),
+    ):
+        preflight, answer = answers(asked, call, ingress={"cors_origins": origins})
+        assert answer.headers.get("access-control-allow-origin") == wanted
+        assert preflight.headers.get("access-control-allow-origin") == wanted
+        assert (preflight.status_code == 200) == (wanted is not None)
+        if wanted is not None:
+            assert "x-aptp-code" in answer.headers["access-control-expose-headers"]
+            assert "authorization" in preflight.headers["access-control-allow-headers"]
+
+
+def test_a_url_can_be_fetched_until_it_expires_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"url": GENERATE, "method": "POST", "json": {"prompt": "a", "response_format": "url"}}
+    links = {"folder": str(tmp_path), "expires_s": 60, "base_url": "https://images.example/"}
+    (answer,) = answers(asked, links=links)
+    url = answer.json()["data"][0]["url"]
+    assert url.startswith("https://images.example/v1/images/files/")
+    path = url.removeprefix("https://images.example")
+    file, head, guess, outside = answers(
+        {"url": path},
+        {"url": path, "method": "HEAD"},
+        {"url": path[:-10] + "a" * 6 + ".png"},
+        {"url": "/v1/images/files/..%2F..%2Fetc%2Fpasswd"},
+        links=links,
+    )
+    assert (file.content, file.headers["content-type"]) == (b"image", "image/png")
+    assert (head.status_code, head.content) == (200, b"")
+    assert (guess.status_code, outside.status_code) == (404, 404)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 61)
+    (late,) = answers({"url": path}, links=links)
+    assert (late.status_code, late.json()["error"]["code"]) == (404, "image_not_found")
+    monkeypatch.setattr("aptp_platform.serve.http.links._SWEEP_S", -1.0)
+    answers(asked, links=links)
+    assert path.rpartition("/")[2] not in {file.name for file in tmp_path.iterdir()}, "an expired file is removed"
+
+
+def test_a_url_is_of_the_server_as_the_client_reached_it_or_a_data_url_where_replicas_share_no_folder() -> None:
+    asked: dict[str, Any] = {
+        "url": GENERATE,
+        "method": "POST",
+        "json": {"prompt": "a", "response_format": "url"},
+        "headers": {"host": "img.example:8443", "x-forwarded-proto": "https"},
+    }
+    (answer,) = answers(asked)
+    assert answer.json()["data"][0]["url"].startswith("https://img.example:8443/v1/images/files/")
+    (answer,) = answers(asked, ingress={"scaling": {"max_replicas": 2}})
+    assert answer.json()["data"][0]["url"] == "data:image/png;base64,aW1hZ2U="
+
+
+def test_the_answer_says_what_was_made_of_the_request() -> None:
+    body = {"prompt": "a", "model": "dall-e-3", "size": "1024x1024", "quality": "hd", "user": "u"}
+    (answer,) = answers({"url": GENERATE, "method": "POST", "json": body})
+    assert answer.json()["size"] == "16x16"
+    assert answer.headers["x-aptp-size"] == "16x16, nearest to 1024x1024"
+    assert answer.headers["x-aptp-ignored"] == "quality"
