@@ -27,6 +27,7 @@ from aptp_platform.serve.release_source import ReleaseSource
 from aptp_platform.serve.routing.replay import replay
 from tests.support import load
 from tests.support.chromium import CHROMIUM, chromium
+from tests.support.client_requests import CLIENT_REQUESTS
 from tests.support.served import (
     PROMPTS,
     STEPS,
@@ -93,6 +94,19 @@ def test_other_sizes_formats_and_urls(client: Any) -> None:
     assert file.headers["content-type"] == "image/webp"
     image = Image.open(io.BytesIO(file.content))
     assert (image.size, image.format) == ((24, 16), "WEBP")
+
+
+@pytest.mark.parametrize("name", CLIENT_REQUESTS)
+def test_a_popular_client_s_default_request_is_served_and_its_picture_is_where_it_looks(
+    http: httpx.Client, name: str
+) -> None:
+    body, place = CLIENT_REQUESTS[name]
+    answer = http.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    (entry,) = answer.json()["data"]
+    data = base64.b64decode(entry["b64_json"]) if place == "b64_json" else httpx.get(entry["url"]).content
+    assert set(entry) == {place, "seed"}
+    assert Image.open(io.BytesIO(data)).format == body.get("output_format", "png").upper()
 
 
 def test_the_teacher_is_a_model_too(client: Any, library: AptpPipeline) -> None:

@@ -174,7 +174,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
             else:
                 async with in_time(args.ingress.request_timeout_s):
                     choice, images = await gateway.generate(generation)
-                urls = await urls_of(request, generation, images) if body.response_format == "url" else None
+                urls = await urls_of(request, generation, images) if body.wants_urls else None
                 answer = JSONResponse(images_response(generation, choice, images, urls))
                 answer.headers.update(_headers(choice, begun, images))
             charge.correct(catalog.macs_of(generation, choice.macs))

@@ -76,7 +76,7 @@ class ImageRequest(RouteRequest):
     """The body of `POST /v1/images/generations`."""
 
     n: int = Field(default=1, ge=1)
-    response_format: Literal["b64_json", "url"] = "b64_json"
+    response_format: Literal["b64_json", "url"] | None = None
     output_format: OutputFormat = "png"
     output_compression: int = Field(default=100, ge=0, le=100)
     background: str = _Short
@@ -96,6 +96,13 @@ class ImageRequest(RouteRequest):
     @classmethod
     def _printable_too(cls, text: str) -> str:
         return _checked_text(text)
+
+    @property
+    def wants_urls(self) -> bool:
+        """Who names no format gets what OpenAI's model of that name sends: dall-e URLs, all others base64."""
+        if self.response_format is None:
+            return self.model.rpartition("/")[2].startswith("dall-e-")
+        return self.response_format == "url"
 
     @property
     def without_effect(self) -> list[str]:
