@@ -13,6 +13,8 @@ export OMP_WAIT_POLICY := PASSIVE
 export RAY_USAGE_STATS_ENABLED := 0
 # Without a token Ray runs whatever anyone sends to its ports.
 export RAY_AUTH_MODE := token
+# Limits for what connections send before they ask for anything.
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH := aptp_platform.serve.http.connections:limit_connections
 export TRANSFORMERS_VERBOSITY := error
 # Everything that Ray starts looks `python` up here.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -6,6 +6,7 @@ import secrets
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # Ray's ports take our orders alone
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # and listen on loopback, whatever network the machine is in
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "aptp_platform.serve.http.connections:limit_connections"
 os.environ.update(AWS_ACCESS_KEY_ID="testing", AWS_SECRET_ACCESS_KEY="testing", AWS_DEFAULT_REGION="us-east-1")
 os.environ.setdefault("RAY_worker_niceness", "0")  # at its default of 15 a busy machine starves them
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"

@@ -49,7 +49,9 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
         "pot", "overflow", "prompt_cache", "selection", "routing_map", "decision_log", "drift", "metrics", "replay",
         "router",
     ],
-    "serve/http": ["static", "limits", "keys", "wire", "links", "paths", "streams", "metrics", "ingress"],
+    "serve/http": [
+        "static", "limits", "keys", "wire", "links", "paths", "connections", "streams", "metrics", "ingress",
+    ],
     "serve/http/wire": ["upload", "fields", "substitutes", "openai"],
 }  # fmt: skip
 SERVING_NEEDS = {"storage", "unknown_keys", "serve"}  # no training

@@ -206,6 +206,9 @@ def test_a_hostile_set_gets_its_4xx_and_the_server_goes_on(http: httpx.Client, u
         slow.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode())
         slow.sendall(b'content-length: 100\r\n\r\n{"prompt": ')
         assert b" 408 " in slow.recv(4096).partition(b"\r\n")[0]
+    with closing(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)) as endless:
+        endless.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 66_000)
+        assert b" 431 " in endless.recv(4096).partition(b"\r\n")[0]
     assert http.post(path, json={"prompt": "🧀 Käse \u202e"}).status_code == 200
 
 

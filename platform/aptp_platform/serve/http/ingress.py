@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from aptp_platform.serve.args import ServeArgs
+from aptp_platform.serve.http.connections import CALLBACK, LIMITS, limited
 from aptp_platform.serve.http.keys import ApiKey, ApiKeyAuth
 from aptp_platform.serve.http.links import PATH, ImageLinks
 from aptp_platform.serve.http.metrics import IngressMetrics
@@ -45,6 +47,7 @@ from aptp_platform.serve.retries import call, call_stream
 _PAGE: Final = Path(__file__).parent / "static" / "index.html"
 _PAGE_POLICY: Final = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"  # the page needs no other host
 _READY_TIMEOUT_S: Final = 5.0
+_LOG = logging.getLogger("ray.serve")
 _TOLD: Final = (  # headers that a page of another origin may read
     "x-request-id", "retry-after", "server-timing", "openai-processing-ms", "x-aptp-code", "x-aptp-routed-code",
     "x-aptp-reason", "x-aptp-macs-ratio", "x-aptp-margin", "x-aptp-ms", "x-aptp-predicted-loss", "x-aptp-size",
@@ -103,7 +106,13 @@ class Ingress:
             peers.follow()
             return 1 / max(1, peers.counts.get("ingress", 1))
 
-        auth = ApiKeyAuth(args.keys, catalog, os.environ, listens_on_loopback=_listens_on_loopback(), share=share)
+        loopback = _listens_on_loopback()
+        if not loopback and not limited(os.environ):
+            _LOG.warning(
+                "anyone who reaches this server can stop it with one endless header: set %s=%s before `ray start`, or "
+                "put a reverse proxy with limits in front", CALLBACK, LIMITS,
+            )  # fmt: skip
+        auth = ApiKeyAuth(args.keys, catalog, os.environ, listens_on_loopback=loopback, share=share)
         self._app = create_app(RouterGateway(router, args), catalog, args, auth)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -140,7 +149,7 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
 
     async def admitted(request: Request) -> None:
         """Before the body is read: who has no key is not listened to."""
-        request.state.key = auth.admit(request.headers.get("authorization"))
+        request.state.key = await auth.admit(request.headers.get("authorization"))
 
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(admitted)])
 

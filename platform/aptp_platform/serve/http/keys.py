@@ -22,7 +22,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from aptp_platform.serve.args import KeyArgs
-from aptp_platform.serve.http.limits import MacsBucket, QuotaCharge
+from aptp_platform.serve.http.limits import MacsBucket, QuotaCharge, WrongKeys
 from aptp_platform.serve.messages import ApiError, Catalog, GenerationRequest
 
 VARIABLE: Final = "APTP_API_KEYS"
@@ -97,7 +97,7 @@ class ApiKeyAuth:
     ) -> None:
         self._args, self._catalog, self._environment, self._share = args, catalog, environment, share
         self._version: object = None
-        self._looked = 0.0
+        self._looked, self._wrong_keys = 0.0, WrongKeys()
         self._buckets: dict[str, tuple[ApiKey, MacsBucket]] = {}
         self.demanded = not listens_on_loopback if args.required == "auto" else args.required
         self._keys = self._read() if self.demanded else {}
@@ -108,11 +108,11 @@ class ApiKeyAuth:
                 "keys.required to false"
             )
 
-    def admit(self, authorization: str | None) -> ApiKey | None:
+    async def admit(self, authorization: str | None) -> ApiKey | None:
         """The key of an `Authorization: Bearer ...` header; None where no keys are demanded.
 
         Raises:
-            ApiError: 401.
+            ApiError: 401, later the more wrong keys come; 429 for very many of them.
         """
         if not self.demanded:
             return None
@@ -123,6 +123,7 @@ class ApiKeyAuth:
             raise ApiError(401, message, code="invalid_api_key", retry=False)
         key = self._keys.get(_digest(token.strip()))
         if key is None:
+            await self._wrong_keys.pause()
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", retry=False)
         return key
 

@@ -1,10 +1,19 @@
-"""Rate limits in multiply-adds: a token bucket per key, and what one request took from it."""
+"""Rate limits: in multiply-adds per key, what one request took from it, and how fast wrong keys are answered."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
+
+from aptp_platform.serve.messages import ApiError
+
+_WRONG_KEYS_PER_S: Final = 5.0  # answered; whoever sends more of them waits
+_FREE_WRONG_KEYS: Final = 10  # at once: a mistake is told at once
+_MOST_PAUSE_S: Final = 5.0
+_MOST_PAUSED: Final = 64  # connections that wait for such an answer; more are turned away
 
 
 class MacsBucket:
@@ -48,3 +57,32 @@ class QuotaCharge:
         if self.bucket is not None:
             self.bucket.give_back(self.macs - macs)
         self.macs = macs
+
+
+class WrongKeys:
+    """Answers wrong keys slowly once they are many; right ones never wait for them."""
+
+    def __init__(self) -> None:
+        self._recent, self._last, self._paused = 0.0, time.monotonic(), 0
+
+    async def pause(self) -> None:
+        """Before a wrong key is refused.
+
+        Raises:
+            ApiError: 429 where too many wait already.
+        """
+        now = time.monotonic()
+        self._recent = max(0.0, self._recent - _WRONG_KEYS_PER_S * (now - self._last)) + 1
+        self._last = now
+        seconds = min((self._recent - _FREE_WRONG_KEYS) / _WRONG_KEYS_PER_S, _MOST_PAUSE_S)
+        if seconds <= 0:
+            return
+        if self._paused >= _MOST_PAUSED:
+            self._recent -= 1  # it is not answered
+            message = f"Too many wrong API keys; try again in {seconds:.0f} s."
+            raise ApiError(429, message, code="too_many_wrong_keys", retry_after_s=seconds)
+        self._paused += 1
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._paused -= 1

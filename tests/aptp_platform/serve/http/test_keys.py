@@ -1,6 +1,8 @@
 """API keys: known by their hashes, limited in multiply-adds, off on loopback; the secret is in no error and no log."""
 
+import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import httpx
 import pytest
 
 from aptp_platform.serve.args import KeyArgs
-from aptp_platform.serve.http.keys import ApiKeyAuth, make_key, read_keys
+from aptp_platform.serve.http.keys import ApiKey, ApiKeyAuth, make_key, read_keys
 from aptp_platform.serve.http.limits import MacsBucket
 from aptp_platform.serve.messages import ApiError
 from tests.support.cheap_server import CheapGateway, answers, door
@@ -27,6 +29,10 @@ def ask(keeper: ApiKeyAuth, *calls: tuple[str, str, Any], gateway: Any = None) -
     return told
 
 
+def admitted(keeper: ApiKeyAuth, authorization: str | None) -> ApiKey | None:
+    return asyncio.run(keeper.admit(authorization))
+
+
 def test_a_bucket_lets_in_at_its_rate_and_never_starves_a_large_order() -> None:
     now = 0.0
     bucket = MacsBucket(rate=10, burst=100, clock=lambda: now)
@@ -40,10 +46,10 @@ def test_a_bucket_lets_in_at_its_rate_and_never_starves_a_large_order() -> None:
 
 
 def test_keys_are_off_on_loopback_and_demanded_elsewhere() -> None:
-    assert door(KeyArgs(), loopback=True).admit(None) is None
+    assert admitted(door(KeyArgs(), loopback=True), None) is None
     with pytest.raises(ValueError, match=r"no API keys: put .* into keys\.file or .*APTP_API_KEYS"):
         door(KeyArgs())
-    assert door(KeyArgs(required=False)).admit(None) is None
+    assert admitted(door(KeyArgs(required=False)), None) is None
     with pytest.raises(ValueError, match="no API keys"):
         door(KeyArgs(required=True), loopback=True)
 
@@ -65,6 +71,26 @@ def test_only_a_known_key_is_listened_to_and_probes_need_none() -> None:
     closed = ask(keeper, ("/v1/models", "", None), ("/v1/route", "", {"prompt": "a"}))
     assert [answer.status_code for answer in closed] == [401, 401]
     assert [answer.status_code for answer in ask(keeper, ("/health", "", None), ("/", "", None))] == [200, 200]
+
+
+def test_wrong_keys_are_answered_slowly_and_a_right_one_does_not_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aptp_platform.serve.http.limits._WRONG_KEYS_PER_S", 50.0)
+    token, entry = make_key("web")
+    keeper = door(KeyArgs(), [entry])
+
+    async def main() -> tuple[list[Any], float, float]:
+        started = time.monotonic()
+        wrong = [asyncio.ensure_future(keeper.admit(f"Bearer {index}")) for index in range(100)]
+        await asyncio.sleep(0.01)
+        assert await keeper.admit(f"Bearer {token}") == entry
+        right_s = time.monotonic() - started
+        errors = await asyncio.gather(*wrong, return_exceptions=True)
+        return errors, right_s, time.monotonic() - started
+
+    errors, right_s, wrong_s = asyncio.run(main())
+    statuses = [error.status for error in errors]
+    assert (statuses.count(401), statuses.count(429)) == (10 + 64, 26), "ten at once, then as many as may wait"
+    assert right_s < 0.5 < wrong_s
 
 
 def test_a_limit_counts_the_multiply_adds_of_the_chosen_model() -> None:
@@ -102,13 +128,13 @@ def test_a_changed_file_counts_and_a_broken_one_changes_nothing(
     (old, old_entry), (new, new_entry) = make_key("old"), make_key("new")
     file.write_text(json.dumps([old_entry.model_dump()]))
     keeper = door(KeyArgs(file=str(file)))
-    assert keeper.admit(f"Bearer {old}") == old_entry
+    assert admitted(keeper, f"Bearer {old}") == old_entry
     file.write_text(json.dumps([new_entry.model_dump()]))
-    assert keeper.admit(f"Bearer {new}") == new_entry
+    assert admitted(keeper, f"Bearer {new}") == new_entry
     with pytest.raises(ApiError):
-        keeper.admit(f"Bearer {old}")
+        admitted(keeper, f"Bearer {old}")
     file.write_text(f'[{{"name": "x", "sha256": "{new}"}}]')
-    assert keeper.admit(f"Bearer {new}") == new_entry
+    assert admitted(keeper, f"Bearer {new}") == new_entry
     assert "were not read again" in caplog.text
     assert new not in caplog.text, "a key that was put where its hash belongs is not echoed"
 
