@@ -55,7 +55,7 @@ class CheapGateway:
 
 def door(args: KeyArgs, entries: Any = (), *, loopback: bool = False) -> ApiKeyAuth:
     environment = {VARIABLE: json.dumps([entry.model_dump() for entry in entries])}
-    return ApiKeyAuth(args, CATALOG, environment, listens_on_loopback=loopback)
+    return ApiKeyAuth(args, environment, listens_on_loopback=loopback)
 
 
 def open_door() -> ApiKeyAuth:

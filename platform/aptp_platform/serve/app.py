@@ -4,6 +4,7 @@ serve run aptp_platform.serve.app:build release=runs/demo/release
 serve deploy serve_configs/experts.yaml
 """
 
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -12,6 +13,7 @@ from ray.serve import Application
 from aptp_platform.serve.args import ExpertArgs, ScalingArgs, ServeArgs
 from aptp_platform.serve.engine.expert import Expert
 from aptp_platform.serve.http.ingress import Ingress
+from aptp_platform.serve.http.keys import read_keys_file
 from aptp_platform.serve.http.wire.substitutes import check_names
 from aptp_platform.serve.messages import TEACHER, code_name
 from aptp_platform.serve.release_source import ReleaseSource
@@ -25,9 +27,12 @@ def build(args: ServeArgs) -> Application:
     """The application of a release. Code 3 is the deployment `Expert-03`.
 
     Raises:
-        ValueError: no whole release is there, a file is not what its hash says, `codes` names a code that does not
-            exist, `images.aliases` a model that does not, or the teacher is wanted and not in the release.
+        ValueError: `keys.file` cannot be read, no whole release is there, a file is not what its hash says, `codes`
+            names a code that does not exist, `images.aliases` a model that does not, or the teacher is wanted and not
+            in the release.
     """
+    if args.keys.file is not None and args.keys.required:  # now: a server that runs is still there to go on
+        read_keys_file(Path(args.keys.file))
     source = ReleaseSource(args.release, args.storage, args.cache)
     catalog = source.catalog(with_teacher=args.teacher_args is not None)
     unknown = set(args.codes) - set(range(len(catalog.codes)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from aptp_platform.storage.store import StorageConfig
 from aptp_platform.unknown_keys import unknown_key
@@ -239,7 +239,12 @@ class ServeArgs(_Section):
         for index in self.codes:
             if index < 0:
                 raise ValueError(f"codes: {index}: must be a code's index, 0 or more")
-            self.expert(index)
+            try:
+                self.expert(index)
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+                where = ".".join(map(str, ("codes", index, *first["loc"])))
+                raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
         return self
 
     def expert(self, index: int) -> ExpertArgs:

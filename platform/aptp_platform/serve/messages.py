@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-Reason = Literal["routed", "asked", "budget", "deadline", "price", "overflow", "cold"]
+Reason = Literal["routed", "asked", "budget", "deadline", "price", "overflow", "cold", "cold_smaller"]
 MEDIA_TYPES: Final[dict[OutputFormat, str]] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 AUTO = "auto"  # the model name that lets the router choose
 TEACHER = "teacher"
@@ -23,10 +23,10 @@ class GenerationRequest:
     """A complete request for images: running it again gives the same images.
 
     seeds: one per image. size: (width, height) in pixels. file_size: to which the finished image is made larger or
-    smaller; None: it is not. budget: a share of the teacher's MACs, or None. price: the
-    predicted loss that all of the teacher's MACs would be worth, or None for the release's own.
-    expires: seconds since the epoch after which it is not begun any more. compression: quality of jpeg and webp,
-    0..100. num_previews: unfinished images wanted on the way. caller: the name of the API key it came with.
+    smaller; None: it is not.  budget: a share
+    of the teacher's MACs, or None. price: the predicted loss that all of the teacher's MACs would be worth, or None for
+    the release's own. expires: seconds since the epoch after which nobody wants it. compression: quality of jpeg and
+    webp, 0..100. num_previews: unfinished images wanted on the way. caller: the name of the API key it came with.
     """
 
     prompt: str
@@ -70,10 +70,12 @@ class Prediction:
 class Choice:
     """Which model a request goes to, and why.
 
-    routed: the code with the highest of `scores`, even where the request went elsewhere. margin: the highest minus the
-    second. similarities: the prompt's, to every code. price: that of the scores; None from a router by similarity.
-    predictions: one for every served model. ratio: the chosen model's share of the teacher's MACs; macs: of one forward
-    pass at the release's resolution. expected_ms: of one image, queue included; None before a model was timed.
+    routed: the code with the highest of `scores`, even where the request went elsewhere. reason: overflow: another code
+    had room; cold: the code sleeps, and another of its size or larger stands in; cold_smaller: a smaller one does.
+    margin: the highest score minus the second. similarities: the prompt's, to every code. price: that of the scores;
+    None from a router by similarity. predictions: one for every served model. ratio: the chosen model's share of the
+    teacher's MACs; macs: of one forward pass at the release's resolution. expected_ms: of one image, queue included;
+    None before a model was timed.
     unknown: whether the prompt is unlike those of the training; None where the release cannot tell.
     """
 
@@ -155,6 +157,17 @@ class Catalog:
         """Multiply-adds of all images of a request, from those of one pass at the native size; others by area."""
         area = (request.size[0] * request.size[1]) / (self.size[0] * self.size[1])
         return macs * request.passes * len(request.seeds) * area
+
+    def most_macs(self, request: GenerationRequest) -> float:
+        """Multiply-adds of a request by the largest model that it may go to."""
+        named = [model for model in self.models if model.name == request.model]
+        largest = max(named or self.models, key=lambda model: model.macs)
+        return self.macs_of(request, min(largest.macs, (request.budget or 1.0) * largest.macs / largest.ratio))
+
+    @property
+    def route_macs(self) -> float:
+        """What a decision without an image is charged: one pass through the smallest model."""
+        return min(model.macs for model in self.models)
 
     def find(self, name: str) -> ModelFacts:
         return next(model for model in self.models if model.name == name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +44,8 @@ class ReleaseSource:
         return any(name.startswith(_TEACHER_FOLDER) for name in self._fetch(lambda _: False).files)
 
     def catalog(self, *, with_teacher: bool) -> Catalog:
-        """What can be served. A release in a local folder is verified as a whole; of one in a bucket, each process
-        verifies what it fetches.
+        """What can be served. A release in a local folder is verified as a whole. In a bucket every file must be there,
+        and each process verifies what it fetches.
 
         Raises:
             ValueError: no whole release is there, a file is not what its hash says, or the teacher is not in it.
@@ -54,6 +54,9 @@ class ReleaseSource:
         if store.is_local:
             read_release(store.uri)
         release = self._fetch(lambda _: False)
+        missing = set(release.files) - set(store.list())
+        if missing:
+            raise BrokenReleaseError(f"{store.uri}/{min(missing)} is missing: publish to a new path")
         models = [
             ModelFacts(code_name(index), code.ratio, code.macs, code.params, code.share)
             for index, code in enumerate(release.codes)
@@ -75,9 +78,17 @@ class ReleaseSource:
         store = Store.open(self.uri, self.storage)
         folder = Path(store.uri) if store.is_local else self._download(store, wanted)
         release = read_release(folder, verify=False)
-        for name, digest in release.files.items():
-            if wanted(name) and (not (folder / name).is_file() or file_sha256(folder / name) != digest):
-                raise BrokenReleaseError(f"{folder / name} is missing or not what was published: publish to a new path")
+        files = {name: digest for name, digest in release.files.items() if wanted(name)}
+        damaged = _damaged(folder, files)
+        if damaged and not store.is_local:
+            with _locked(folder):
+                for part in _parts(damaged):
+                    store.fetch(part, (folder / part).parent)
+            damaged = _damaged(folder, {name: files[name] for name in damaged})
+        if damaged:
+            raise BrokenReleaseError(
+                f"{store.uri}/{damaged[0]} is missing or not what was published: publish to a new path"
+            )
         return release
 
     def _download(self, store: Store, wanted: Callable[[str], bool]) -> Path:
@@ -86,19 +97,31 @@ class ReleaseSource:
         with tempfile.TemporaryDirectory(dir=root) as scratch:
             manifest = store.fetch(MANIFEST, scratch)
             folder = root / file_sha256(manifest)
-            with _locked(root / f"{folder.name}.lock"):  # replicas of one node share what one of them fetches
+            with _locked(folder):  # replicas of one node share what one of them fetches
                 folder.mkdir(exist_ok=True)
                 manifest.replace(folder / MANIFEST)
                 files = read_release(folder, verify=False).files
-                for part in sorted({"/".join(name.split("/")[:2]) for name in files if wanted(name)}):
+                for part in _parts(name for name in files if wanted(name)):
                     if not (folder / part).exists():
                         (folder / part).parent.mkdir(exist_ok=True)
                         store.fetch(part, (folder / part).parent)
         return folder
 
 
+def _parts(names: Iterable[str]) -> list[str]:
+    """The folders that are fetched as a whole: `experts/03`, `pipeline/vae`."""
+    return sorted({"/".join(name.split("/")[:2]) for name in names})
+
+
+def _damaged(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """The files that are not there or not what their hash says."""
+    return [
+        name for name, sha256 in files.items() if not (folder / name).is_file() or file_sha256(folder / name) != sha256
+    ]
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+def _locked(folder: Path) -> Iterator[None]:
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,6 +1,7 @@
 """Calls from one deployment to another: retried when a replica died, an `ApiError` when there is no room.
 
-The one place that knows Ray's exceptions.
+A callee returns (or yields) its `ApiError`: what is raised in a replica, Serve logs with its traceback, and any client
+can have itself refused. The one place that knows Ray's exceptions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from aptp_platform.serve.messages import RELEASE_CHANGING, ApiError
@@ -26,7 +27,7 @@ async def call(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0, 
     Args:
         make: `lambda: handle.method.remote(...)`; the call must mean the same when it is made again.
         drain_s: what a client is told to wait when the deployment's queue is full.
-        patience_s: how long to try again while the callee is of another release than the caller.
+        patience_s: how long to try again, from the first such answer, while the callee is of another release.
 
     Raises:
         ApiError: the callee's own; 429 when its queue is full; 503 when it died `attempts` times.
@@ -36,10 +37,13 @@ async def call(make: Callable[[], Any], *, attempts: int, drain_s: float = 1.0, 
         with tries.one():
             response = make()
             try:
-                return await response
+                answer = await response
             except asyncio.CancelledError:
                 response.cancel()
                 raise
+            if isinstance(answer, ApiError):
+                raise answer
+            return answer
         await asyncio.sleep(_PAUSE_S)
 
 
@@ -56,6 +60,8 @@ async def call_stream(
             try:
                 skip = passed
                 async for item in response:
+                    if isinstance(item, ApiError):
+                        raise item
                     if skip:
                         skip -= 1
                         continue
@@ -73,7 +79,8 @@ class _Tries:
     """How often a call may still be made again."""
 
     def __init__(self, attempts: int, drain_s: float, patience_s: float) -> None:
-        self._left, self._drain_s, self._ends = attempts, drain_s, time.monotonic() + patience_s
+        self._left, self._drain_s, self._patience_s = attempts, drain_s, patience_s
+        self._ends: float | None = None  # of the patience with another release
 
     @contextmanager
     def one(self) -> Iterator[None]:
@@ -87,7 +94,11 @@ class _Tries:
                 message = "The replica that ran this request was lost; try again."
                 raise ApiError(503, message, code="overloaded", retry_after_s=1.0) from None
         except ApiError as error:
-            if error.code != RELEASE_CHANGING or time.monotonic() >= self._ends:
+            if error.code != RELEASE_CHANGING:
+                raise
+            if self._ends is None:
+                self._ends = time.monotonic() + self._patience_s
+            if time.monotonic() >= self._ends:
                 raise
 
 
@@ -100,10 +111,3 @@ def _translated(drain_s: float) -> Iterator[None]:
         raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=max(drain_s, 1.0)) from None
     except DeploymentUnavailableError:
         raise ApiError(503, "This model is not running.", code="model_unavailable", retry_after_s=5.0) from None
-    except RayTaskError as error:
-        cause: BaseException = error
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, ApiError):
-            raise cause from None
-        raise

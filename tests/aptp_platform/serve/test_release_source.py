@@ -40,5 +40,16 @@ def test_a_release_in_a_bucket_is_fetched_in_part_and_verified(s3_server: S3Serv
     damaged = bytearray(files.cat_file(weights))
     damaged[-1] ^= 1
     files.pipe_file(weights, bytes(damaged))
-    with pytest.raises(BrokenReleaseError, match=r"expert\.safetensors is missing or not what was published"):
+    with pytest.raises(BrokenReleaseError, match=rf"{bucket}/release-1/experts/00/expert\.safetensors is missing or"):
         source.for_model("code-00")
+    damaged[-1] ^= 1
+    files.pipe_file(weights, bytes(damaged))
+    source.for_model("code-00")
+
+    kept = router.path / "router/router.json"
+    kept.write_text("damaged")
+    assert source.for_router().path == router.path, "what a node kept and was damaged there is fetched again"
+    assert kept.read_bytes() == (release.router_path / "router.json").read_bytes()
+
+    with pytest.raises(BrokenReleaseError, match=rf"{bucket}/release-1/experts/01/.* is missing"):
+        source.catalog(with_teacher=False)

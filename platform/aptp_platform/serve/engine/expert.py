@@ -59,29 +59,38 @@ class Expert:
             observe=metrics.observe,
         )
 
-    async def generate(self, request: GenerationRequest, seed: int, release: str) -> ImageResult:
-        """The request's image for one of its seeds, by the release that its choice was made for.
+    async def generate(self, request: GenerationRequest, seed: int, release: str) -> ImageResult | ApiError:
+        """The request's image for one of its seeds, by the release that its choice was made for; or a refusal.
 
-        Raises:
-            ApiError: 429 when too many wait already, 500 when the picture's numbers are not finite, 503 when this
-                replica is of another release, 504 when the request expired while it waited.
+        That is a 429 when too many wait already, 500 when the picture's numbers are not finite, 503 when this replica
+        is of another release, 504 when the request expired while it waited.
         """
-        with self._submit(request, seed, release, num_previews=0) as handle, _as_api_error():
-            images = [image async for image in handle.images()]
+        try:
+            with self._submit(request, seed, release, num_previews=0) as handle, _as_api_error():
+                images = [image async for image in handle.images()]
+        except ApiError as refusal:
+            return refusal
         return await asyncio.to_thread(self._result, request, seed, images[-1])
 
     async def stream(
         self, request: GenerationRequest, seed: int, release: str
-    ) -> AsyncIterator[Accepted | ImageResult]:
-        """`Accepted` at once, then the previews that the request wants, then the image."""
-        with self._submit(request, seed, release, num_previews=request.num_previews) as handle, _as_api_error():
-            yield Accepted()
-            async for image in handle.images():
-                yield await asyncio.to_thread(self._result, request, seed, image)
+    ) -> AsyncIterator[Accepted | ImageResult | ApiError]:
+        """`Accepted` at once, then the previews that the request wants, then the image; a refusal ends it."""
+        try:
+            with self._submit(request, seed, release, num_previews=request.num_previews) as handle, _as_api_error():
+                yield Accepted()
+                async for image in handle.images():
+                    yield await asyncio.to_thread(self._result, request, seed, image)
+        except ApiError as refusal:
+            yield refusal
 
-    async def wake(self, release: str) -> None:
+    async def wake(self, release: str) -> ApiError | None:
         """No-op that checks the release. A pending call makes Serve scale the deployment up from zero."""
-        self._check_release(release)
+        try:
+            self._check_release(release)
+        except ApiError as refusal:
+            return refusal
+        return None
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica whose engine has ended."""

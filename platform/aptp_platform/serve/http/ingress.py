@@ -112,7 +112,7 @@ class Ingress:
                 "anyone who reaches this server can stop it with one endless header: set %s=%s before `ray start`, or "
                 "put a reverse proxy with limits in front", CALLBACK, LIMITS,
             )  # fmt: skip
-        auth = ApiKeyAuth(args.keys, catalog, os.environ, listens_on_loopback=loopback, share=share)
+        auth = ApiKeyAuth(args.keys, os.environ, listens_on_loopback=loopback, share=share)
         self._app = create_app(RouterGateway(router, args), catalog, args, auth)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -174,14 +174,14 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
     async def generate(request: Request) -> Response:
         begun = time.monotonic()
         body, generation, told = await generation_of(request, ImageRequest)
-        with auth.charged(request.state.key, generation) as charge:
+        with auth.charged(request.state.key, catalog.most_macs(generation)) as charge:
             if body.stream:
                 choice, events = await open_stream(gateway.stream(generation), generation, args.ingress)
                 answer: Response = StreamingResponse(events, media_type="text/event-stream")
                 answer.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
                 answer.headers.update(_headers(choice, begun))
             else:
-                async with in_time(args.ingress.request_timeout_s):
+                async with in_time(generation, args.ingress):
                     choice, images = await gateway.generate(generation)
                 urls = await urls_of(request, generation, images) if body.wants_urls else None
                 answer = JSONResponse(images_response(generation, choice, images, urls))
@@ -194,8 +194,11 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
     async def route(request: Request) -> Response:
         begun = time.monotonic()
         _, generation, told = await generation_of(request, RouteRequest)
-        choice = await gateway.route(generation)
-        return JSONResponse(choice_json(choice), headers=_headers(choice, begun) | told)
+        with auth.charged(request.state.key, catalog.route_macs):
+            async with in_time(generation, args.ingress):
+                choice = await gateway.route(generation)
+        headers = _headers(choice, begun) | told | auth.headers(request.state.key)
+        return JSONResponse(choice_json(choice), headers=headers)
 
     @v1.get("/map")
     async def code_map() -> Response:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from aptp_platform.serve.args import KeyArgs
 from aptp_platform.serve.http.limits import MacsBucket, QuotaCharge, WrongKeys
-from aptp_platform.serve.messages import ApiError, Catalog, GenerationRequest
+from aptp_platform.serve.messages import ApiError
 
 VARIABLE: Final = "APTP_API_KEYS"
 _RELOAD_S: Final = 5.0  # a secret that was changed counts after this long
@@ -50,6 +50,18 @@ def make_key(name: str, macs_per_second: float | None = None) -> tuple[str, ApiK
     """A new key, which nobody else will ever see, and its entry."""
     token = f"aptp-{secrets.token_urlsafe(32)}"
     return token, ApiKey(name=name, sha256=_digest(token), macs_per_second=macs_per_second)
+
+
+def read_keys_file(path: Path) -> dict[str, ApiKey]:
+    """Entries of a file, by hash.
+
+    Raises:
+        ValueError: as `read_keys`, or the file cannot be read.
+    """
+    try:
+        return read_keys(path.read_text(encoding="utf-8"), f"keys.file: {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"keys.file: {path}: {type(error).__name__}: name a file that can be read") from None
 
 
 def read_keys(text: str, place: str) -> dict[str, ApiKey]:
@@ -89,13 +101,12 @@ class ApiKeyAuth:
     def __init__(
         self,
         args: KeyArgs,
-        catalog: Catalog,
         environment: Mapping[str, str],
         *,
         listens_on_loopback: bool,
         share: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        self._args, self._catalog, self._environment, self._share = args, catalog, environment, share
+        self._args, self._environment, self._share = args, environment, share
         self._version: object = None
         self._looked, self._wrong_keys = 0.0, WrongKeys()
         self._buckets: dict[str, tuple[ApiKey, MacsBucket]] = {}
@@ -128,15 +139,15 @@ class ApiKeyAuth:
         return key
 
     @contextmanager
-    def charged(self, key: ApiKey | None, request: GenerationRequest) -> Iterator[QuotaCharge]:
-        """Charges a request before it runs; the caller corrects the charge once the model is known. A request that is
-        refused costs nothing; one that ran out of time, or whose client hung up, does.
+    def charged(self, key: ApiKey | None, macs: float) -> Iterator[QuotaCharge]:
+        """Charges the most that a request can cost before it runs; the caller corrects the charge once the model is
+        known. A request that is refused costs nothing; one that ran out of time, or whose client hung up, does.
 
         Raises:
             ApiError: 429 when the key has nothing left.
         """
         bucket = self._bucket(key)
-        charge = QuotaCharge(self._catalog.macs_of(request, self._max_macs(request)), bucket)
+        charge = QuotaCharge(macs, bucket)
         if bucket is not None:
             wait_s = bucket.take(charge.macs, self._share())
             if wait_s:
@@ -162,12 +173,6 @@ class ApiKeyAuth:
             "x-ratelimit-reset-macs": f"{(burst - level) / (share * key.macs_per_second):.3f}s",
         }
 
-    def _max_macs(self, request: GenerationRequest) -> float:
-        """Multiply-adds of one pass through the largest model that the request may go to."""
-        named = [model for model in self._catalog.models if model.name == request.model]
-        largest = max(named or self._catalog.models, key=lambda model: model.macs)
-        return min(largest.macs, (request.budget or 1.0) * largest.macs / largest.ratio)
-
     def _bucket(self, key: ApiKey | None) -> MacsBucket | None:
         if key is None or key.macs_per_second is None:
             return None
@@ -180,11 +185,9 @@ class ApiKeyAuth:
         if self._args.file is None:
             return read_keys(self._environment.get(VARIABLE, "[]"), VARIABLE)
         path = Path(self._args.file)
-        try:
-            self._version = path.stat().st_mtime_ns
-            return read_keys(path.read_text(encoding="utf-8"), f"keys.file: {path}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"keys.file: {path}: {type(error).__name__}: name a file that can be read") from None
+        keys = read_keys_file(path)
+        self._version = path.stat().st_mtime_ns
+        return keys
 
     def _reload(self) -> None:
         """Reads a file that was changed; one that is broken is reported, and the keys before it stay."""

@@ -17,8 +17,9 @@ async def open_stream(
     items: AsyncIterator[Choice | ImageResult], request: GenerationRequest, args: IngressArgs
 ) -> tuple[Choice, AsyncIterator[str]]:
     """A stream's choice and its server-sent events. Until the choice is known, an error has a status of its own."""
-    ends = time.monotonic() + args.request_timeout_s
-    async with in_time(args.request_timeout_s):
+    limit_s, late = _limit(request, args)
+    ends = time.monotonic() + limit_s
+    async with in_time(request, args):
         choice = await anext(items)
     assert isinstance(choice, Choice)
 
@@ -26,10 +27,11 @@ async def open_stream(
         following = asyncio.ensure_future(anext(items))
         try:
             while True:
-                done, _ = await asyncio.wait((following,), timeout=args.heartbeat_s)
+                left_s = ends - time.monotonic()
+                done, _ = await asyncio.wait((following,), timeout=max(0.0, min(args.heartbeat_s, left_s)))
                 if not done:
-                    if time.monotonic() > ends:
-                        raise _late(args.request_timeout_s)
+                    if left_s <= args.heartbeat_s:
+                        raise late
                     yield ": ping\n\n"
                     continue
                 image = following.result()
@@ -51,15 +53,22 @@ async def open_stream(
 
 
 @asynccontextmanager
-async def in_time(limit_s: float) -> AsyncIterator[None]:
-    """Ends what is awaited in the block after so long, as an `ApiError` with status 504."""
+async def in_time(request: GenerationRequest, args: IngressArgs) -> AsyncIterator[None]:
+    """Ends what is awaited in the block when the request's time is over, as an `ApiError` with status 504."""
+    limit_s, late = _limit(request, args)
     try:
         async with asyncio.timeout(limit_s):
             yield
     except TimeoutError:
-        raise _late(limit_s) from None
+        raise late from None
 
 
-def _late(limit_s: float) -> ApiError:
+def _limit(request: GenerationRequest, args: IngressArgs) -> tuple[float, ApiError]:
+    """The seconds that a request still has, and what it is told after them."""
+    limit_s = args.request_timeout_s
+    left_s = limit_s if request.expires is None else max(0.0, request.expires - time.time())
+    if left_s < limit_s:
+        message = f"No image within 'deadline_ms' {request.deadline_ms:g}; nothing of the request runs any more."
+        return left_s, ApiError(504, message, code="deadline_exceeded", param="deadline_ms", retry=False)
     message = f"The request was not done within {limit_s:g} s; nothing of it runs any more."
-    return ApiError(504, message, code="request_timeout", retry=False)
+    return limit_s, ApiError(504, message, code="request_timeout", retry=False)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from aptp_platform.serve.routing.pot import emd
 
 MOST_LOSS: Final = 1.1  # of a code that stands in, relative to the home's loss for the same prompt
-_SMALLER: Final = 0.005  # by which a MACs ratio is still of the same size
+SMALLER: Final = 0.005  # by which a MACs ratio is still of the same size
 
 
 def place(
@@ -59,5 +59,5 @@ def _may_stand_in(
     losses: Float[np.ndarray, "prompt code"] | None,
 ) -> Bool[np.ndarray, "prompt code"]:
     if losses is None:
-        return ratios[None, :] >= ratios[home][:, None] - _SMALLER
+        return ratios[None, :] >= ratios[home][:, None] - SMALLER
     return losses <= MOST_LOSS * np.take_along_axis(losses, home[:, None], axis=1)

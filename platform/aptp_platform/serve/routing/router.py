@@ -35,7 +35,7 @@ from aptp_platform.serve.routing.drift import DriftMonitor
 from aptp_platform.serve.routing.metrics import RouterMetrics
 from aptp_platform.serve.routing.prompt_cache import RoutingCache, score_prompts
 from aptp_platform.serve.routing.routing_map import code_map
-from aptp_platform.serve.routing.selection import Situation, decide
+from aptp_platform.serve.routing.selection import STANDS_IN_FOR_COLD, Situation, decide
 
 _SMOOTHING: Final = 0.2  # weight of the newest image in a model's mean step time
 _OTHER_REPLICA_S: Final = 1.0  # in which a model's replica of this release is found, if there is one
@@ -95,43 +95,29 @@ class Router:
     async def _wake_call(self, handle: DeploymentHandle[Any], patience_s: float) -> None:
         await call(lambda: handle.wake.remote(self._catalog.release), attempts=1, patience_s=patience_s)
 
-    async def route(self, request: GenerationRequest) -> Choice:
-        """The model that the request would go to now."""
-        choice = await self._decide(request)
-        if isinstance(choice, ApiError):
-            raise choice
-        return choice
+    async def route(self, request: GenerationRequest) -> Choice | ApiError:
+        """The model that the request would go to now; nothing is started for it."""
+        return await self._decide(request)
 
-    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]:
-        """The request's images, one per seed."""
-        choice = await self.route(request)
-        with self._accounted(request, choice):
-            if len(request.seeds) == 1:
-                return choice, [await self._image(request, choice, request.seeds[0])]
-            tasks = [asyncio.ensure_future(self._image(request, choice, seed)) for seed in request.seeds]
-            try:
-                return choice, await asyncio.gather(*tasks)
-            finally:  # after a failure nobody wants the others
-                for task in tasks:
-                    task.cancel()
+    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]] | ApiError:
+        """The request's images, one per seed; or why there are none."""
+        try:
+            choice = await self._choice(request)
+            with self._accounted(request, choice):
+                return choice, await self._images(request, choice)
+        except ApiError as refusal:
+            return refusal
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult]:
-        """The choice, as soon as its model has accepted the request; previews; the image of the first seed."""
-        choice = await self.route(request)
-        handle = self._experts[choice.model].options(stream=True)
-        with self._accounted(request, choice):
-            async for item in call_stream(
-                lambda: handle.stream.remote(request, request.seeds[0], self._catalog.release),
-                attempts=self._args.attempts,
-                drain_s=self._drain_s(choice.model),
-                patience_s=_OTHER_REPLICA_S,
-            ):
-                if isinstance(item, Accepted):
-                    yield choice
-                    continue
-                if item.preview is None:
-                    self._learn(request, choice, item)
-                yield item
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult | ApiError]:
+        """The choice, as soon as its model has accepted the request; previews; the image of the first seed. A refusal
+        ends it."""
+        try:
+            choice = await self._choice(request)
+            with self._accounted(request, choice):
+                async for item in self._streamed(request, choice):
+                    yield item
+        except ApiError as refusal:
+            yield refusal
 
     async def loads(self) -> dict[str, ModelLoad]:
         """Every model's load as this replica sees it."""
@@ -152,6 +138,40 @@ class Router:
         if self._map is None:
             self._map = await asyncio.to_thread(code_map, self._prompts, self._samples)
         return self._map
+
+    async def _choice(self, request: GenerationRequest) -> Choice:
+        """The model that the request goes to; a sleeping one that others stand in for is woken."""
+        choice = await self._decide(request)
+        if isinstance(choice, ApiError):
+            raise choice
+        if choice.reason in STANDS_IN_FOR_COLD:
+            self._wake(choice.routed)
+        return choice
+
+    async def _images(self, request: GenerationRequest, choice: Choice) -> list[ImageResult]:
+        if len(request.seeds) == 1:
+            return [await self._image(request, choice, request.seeds[0])]
+        tasks = [asyncio.ensure_future(self._image(request, choice, seed)) for seed in request.seeds]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # after a failure nobody wants the others
+            for task in tasks:
+                task.cancel()
+
+    async def _streamed(self, request: GenerationRequest, choice: Choice) -> AsyncIterator[Choice | ImageResult]:
+        handle = self._experts[choice.model].options(stream=True)
+        async for item in call_stream(
+            lambda: handle.stream.remote(request, request.seeds[0], self._catalog.release),
+            attempts=self._args.attempts,
+            drain_s=self._drain_s(choice.model),
+            patience_s=_OTHER_REPLICA_S,
+        ):
+            if isinstance(item, Accepted):
+                yield choice
+                continue
+            if item.preview is None:
+                self._learn(request, choice, item)
+            yield item
 
     async def _image(self, request: GenerationRequest, choice: Choice, seed: int) -> ImageResult:
         handle = self._experts[choice.model]
@@ -206,11 +226,7 @@ class Router:
         scores = await self._score([request.prompt for request in requests])
         loads = await self.loads()
         situation = Situation(self._catalog, self._batch_sizes, loads, self._args.target_ms)
-        choices = decide(requests, scores, situation)
-        for choice in choices:
-            if isinstance(choice, Choice) and choice.reason == "cold":
-                self._wake(choice.routed)
-        return choices
+        return decide(requests, scores, situation)
 
     def _wake(self, model: str) -> None:
         """Starts a replica of a code that has none, while others stand in for it."""

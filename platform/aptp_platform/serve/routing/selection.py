@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import Final
 
 from aptp_platform.serve.messages import (
     AUTO,
@@ -18,8 +19,10 @@ from aptp_platform.serve.messages import (
     Prediction,
     Reason,
 )
-from aptp_platform.serve.routing.overflow import place
+from aptp_platform.serve.routing.overflow import SMALLER, place
 from aptp_platform.serve.routing.prompt_cache import PromptScores
+
+STANDS_IN_FOR_COLD: Final = ("cold", "cold_smaller")  # the reasons that call for a start of the sleeping code
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def decide(
         rooms = [min(situation.room(requests[index], code) for index in free) for code in codes]
         losses = [lost for index in free if (lost := scores[index].losses) is not None]
         placed = place([scores[index].scores for index in free], [code.ratio for code in codes], rooms, losses or None)
-        homes = {index: codes[code] for index, code in zip(free, placed, strict=True)}
+        homes = {index: _awake(codes[code], scores[index], situation) for index, code in zip(free, placed, strict=True)}
     answers: list[Choice | ApiError] = []
     for index, request in enumerate(requests):
         try:
@@ -96,14 +99,24 @@ def decide(
     return answers
 
 
+def _awake(home: ModelFacts, scores: PromptScores, situation: Situation) -> ModelFacts:
+    """The home, unless it sleeps and nothing that is as good may stand in: then the code with the next best score that
+    is awake, smaller or not, rather than a wait for a replica to start."""
+    codes = situation.catalog.codes
+    awake = [index for index, code in enumerate(codes) if not situation.is_cold(code.name)]
+    if not situation.is_cold(home.name) or not awake:
+        return home
+    return codes[max(awake, key=lambda index: scores.scores[index])]
+
+
 def choose(
     request: GenerationRequest, scores: PromptScores, situation: Situation, placed: ModelFacts | None = None
 ) -> Choice:
     """The model of a request.
 
-    A model that was asked for is taken, if it fits. Under a budget or a deadline it is the best of the models that fit,
-    the teacher among them; with a price alone, the best code at that price (`_best`). Else it is the code with the
-    highest score, or where `decide` placed the request.
+    A model that was asked for is taken, if it fits; otherwise one that sleeps is no candidate. Under a budget or a
+    deadline it is the best of the models that fit, the teacher among them; with a price alone, the best code at that
+    price (`_best`). Else it is the code with the highest score, or where `decide` placed the request.
 
     Raises:
         ApiError: 400 for a price where the router predicts no losses; 404 when this release has no such model (during
@@ -125,9 +138,13 @@ def choose(
     reason: Reason = "routed" if request.model == AUTO else "asked"
     chosen = routed if request.model == AUTO else candidates[0]
     if placed is not None and placed != routed:
-        chosen, reason = placed, "cold" if situation.is_cold(routed.name) else "overflow"
+        chosen, reason = placed, "overflow"
+        if situation.is_cold(routed.name):
+            reason = "cold_smaller" if placed.ratio < routed.ratio - SMALLER else "cold"
     if _has_wishes(request):
-        fitting = _within_deadline(request, _within_budget(request, candidates), situation)
+        affordable = _within_budget(request, candidates)
+        awake = [model for model in affordable if not situation.is_cold(model.name)]
+        fitting = _within_deadline(request, awake or affordable, situation)
         if request.model == AUTO:
             reason = _wish(request)
             fitting = [model for model in fitting if reason != "price" or model.name != TEACHER]

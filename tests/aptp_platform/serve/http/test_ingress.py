@@ -1,12 +1,14 @@
 """What HTTP clients and browsers expect besides the wire format: paths, methods, other origins, URLs of images."""
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.cheap_server import answers
+from aptp_platform.serve.messages import Choice, GenerationRequest
+from tests.support.cheap_server import CheapGateway, answers
 
 GENERATE = "/v1/images/generations"
 
@@ -98,3 +100,22 @@ def test_the_answer_says_what_was_made_of_the_request() -> None:
     assert answer.json()["size"] == "16x16"
     assert answer.headers["x-aptp-size"] == "16x16, nearest to 1024x1024"
     assert answer.headers["x-aptp-ignored"] == "quality"
+
+
+class SlowGateway(CheapGateway):
+    """Takes its time for everything."""
+
+    async def route(self, request: GenerationRequest) -> Choice:
+        await asyncio.sleep(5)
+        return await super().route(request)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_is_a_504_at_the_deadline(stream: bool) -> None:
+    started = time.monotonic()
+    body = {"prompt": "a", "deadline_ms": 200, "stream": stream}
+    (answer,) = answers({"url": GENERATE, "method": "POST", "json": body}, gateway=SlowGateway())
+    assert time.monotonic() - started < 2
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (504, "false")
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("deadline_exceeded", "deadline_ms")

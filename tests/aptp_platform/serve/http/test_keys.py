@@ -110,6 +110,13 @@ def test_a_limit_counts_the_multiply_adds_of_the_chosen_model() -> None:
     assert unlimited.status_code == 200, "another key's limit is its own"
 
 
+def test_a_decision_without_an_image_is_charged_too() -> None:
+    token, entry = make_key("web", macs_per_second=1e3)
+    keeper = door(KeyArgs(), [entry.model_copy(update={"burst_macs": 8e8})])
+    asked = ("/v1/route", token, {"prompt": "a cat"})
+    assert [answer.status_code for answer in ask(keeper, asked, asked, asked)] == [200, 200, 429], "5e8 each"
+
+
 @pytest.mark.parametrize(("status", "free"), [(503, True), (429, True), (504, False)])
 def test_a_request_that_is_refused_costs_nothing_unless_it_was_tried(status: int, free: bool) -> None:
     token, entry = make_key("web", macs_per_second=1e3)

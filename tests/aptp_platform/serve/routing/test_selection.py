@@ -211,6 +211,32 @@ def test_without_a_target_only_a_code_without_a_replica_overflows() -> None:
     assert (second.model, second.routed, second.reason) == ("code-02", "code-00", "cold")
 
 
+def test_a_sleeping_model_is_no_candidate_of_a_wish_unless_it_is_named_or_nothing_else_fits() -> None:
+    asleep = replace(TIMED, loads={"code-00": ModelLoad(0, 10.0, 1), "code-02": ModelLoad(replicas=0),
+                                   TEACHER: ModelLoad(replicas=0)})  # fmt: skip
+    for wish in ({"budget": 1.0}, {"deadline_ms": 500.0}, {"budget": 1.0, "deadline_ms": 500.0}):
+        assert choose(replace(REQUEST, **wish), NEAR_0, asleep).model == "code-01"
+    assert choose(replace(REQUEST, price=0.0), HARD, asleep).model == "code-01"
+    assert choose(replace(REQUEST, budget=1.0, model=TEACHER), NEAR_0, asleep).model == TEACHER
+    all_asleep = replace(IDLE, loads={model.name: ModelLoad(replicas=0) for model in CATALOG.models})
+    assert choose(replace(REQUEST, budget=0.6), NEAR_0, all_asleep).model == "code-00", "somebody must wake"
+
+
+def test_a_sleeping_code_without_an_equal_is_stood_in_for_by_the_nearest_awake_one_and_says_so() -> None:
+    nearest_is_2 = by_similarity(0.5, 0.7, 0.9)
+    asleep = replace(IDLE, loads={"code-02": ModelLoad(replicas=0), "code-01": ModelLoad(replicas=0)})
+    (choice,) = decide([REQUEST], [nearest_is_2], asleep)
+    assert isinstance(choice, Choice)
+    assert (choice.model, choice.routed, choice.reason) == ("code-00", "code-02", "cold_smaller")
+    (choice,) = decide([REQUEST], [replace(HARD, scores=(0.1, 0.2, 0.3))], asleep)
+    assert isinstance(choice, Choice)
+    assert (choice.model, choice.reason) == ("code-00", "cold_smaller"), "though it loses far more"
+    all_asleep = replace(IDLE, loads={code.name: ModelLoad(replicas=0) for code in CATALOG.codes})
+    (choice,) = decide([REQUEST], [nearest_is_2], all_asleep)
+    assert isinstance(choice, Choice)
+    assert (choice.model, choice.reason) == ("code-02", "routed"), "it is started"
+
+
 def test_orders_that_arrive_together_are_decided_each_by_its_own_wishes() -> None:
     requests = [REQUEST, replace(REQUEST, budget=0.1), replace(REQUEST, model=TEACHER)]
     first, second, third = decide(requests, [NEAR_0] * 3, IDLE)
