@@ -44,15 +44,16 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",
     ],
     "serve/cpu": ["turns"],
-    "serve/engine": ["images", "denoising", "batch_size", "batching", "metrics", "expert"],
+    "serve/engine": ["images", "repaint", "denoising", "batch_size", "batching", "metrics", "expert"],
     "serve/routing": [
         "pot", "overflow", "prompt_cache", "selection", "routing_map", "decision_log", "drift", "metrics", "replay",
         "router",
     ],
     "serve/http": [
-        "static", "limits", "keys", "wire", "links", "paths", "connections", "streams", "metrics", "ingress",
+        "static", "limits", "keys", "wire", "links", "paths", "connections", "streams", "metrics", "gateway",
+        "ingress",
     ],
-    "serve/http/wire": ["upload", "fields", "substitutes", "openai"],
+    "serve/http/wire": ["upload", "fields", "substitutes", "pictures", "openai"],
 }  # fmt: skip
 SERVING_NEEDS = {"storage", "unknown_keys", "serve"}  # no training
 FORBIDDEN_IN_LIBRARY = {"ray", "deepspeed", "yaml", "fastapi", "httpx", "s3fs", "fsspec", "pyarrow", "aptp_platform"}

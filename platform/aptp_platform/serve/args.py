@@ -114,6 +114,8 @@ class IngressArgs(_Section):
     num_cpus: float = Field(default=0.5, gt=0)
     max_body_bytes: int = Field(default=262_144, ge=1024)
     body_timeout_s: float = Field(default=10.0, gt=0, description="a slower request body gets a 408")
+    max_upload_bytes: int = Field(default=20_000_000, ge=1024, description="of a body with pictures")
+    upload_timeout_s: float = Field(default=60.0, gt=0, description="a slower body with pictures gets a 408")
     request_timeout_s: float = Field(default=300.0, gt=0, description="a request that takes longer is ended with a 504")
     heartbeat_s: float = Field(default=15.0, gt=0, description="a quiet stream sends a comment this often, for proxies")
     cors_origins: tuple[str, ...] = Field(
@@ -131,6 +133,11 @@ class ImageArgs(_Section):
     guidance_scale: float = Field(default=7.5, ge=0)
     max_guidance_scale: float = Field(default=30.0, ge=1)
     max_images: int = Field(default=10, ge=1, le=10)
+    edit_strength: float = Field(
+        default=0.8, gt=0, le=1, description="share of the steps that an edit without a mask runs on its picture"
+    )
+    mask_strength: float = Field(default=1.0, gt=0, le=1, description="the same of an edit with a mask")
+    variation_strength: float = Field(default=0.6, gt=0, le=1, description="the same of a variation")
     max_prompt_chars: int = Field(default=32_000, ge=1)
     sizes: tuple[str, ...] = Field(default=(), description='"WxH", besides the release\'s own')
     other_sizes: Literal["nearest", "refuse", "resize"] = Field(

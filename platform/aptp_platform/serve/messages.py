@@ -19,11 +19,28 @@ def code_name(index: int) -> str:
 
 
 @dataclass(frozen=True)
+class SourceImage:
+    """A picture that an image starts from.
+
+    pixels: red, green and blue of each pixel of the drawn size, row by row. mask: a byte per pixel, 128 and more where
+    it is drawn anew; None: everywhere. strength: above 0, at most 1: the share of the steps that are run.
+    """
+
+    pixels: bytes
+    mask: bytes | None
+    strength: float
+
+    def steps_of(self, steps: int) -> int:
+        """How many of so many steps are run: at least one."""
+        return max(1, min(int(steps * self.strength), steps))
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """A complete request for images: running it again gives the same images.
 
     seeds: one per image. size: (width, height) in pixels. file_size: to which the finished image is made larger or
-    smaller; None: it is not.  budget: a share
+    smaller; None: it is not. source: the picture that the images start from, of that size; None: noise. budget: a share
     of the teacher's MACs, or None. price: the predicted loss that all of the teacher's MACs would be worth, or None for
     the release's own. expires: seconds since the epoch after which nobody wants it. compression: quality of jpeg and
     webp, 0..100. num_previews: unfinished images wanted on the way. caller: the name of the API key it came with.
@@ -44,13 +61,19 @@ class GenerationRequest:
     compression: int = 100
     num_previews: int = 0
     file_size: tuple[int, int] | None = None
+    source: SourceImage | None = None
     request_id: str = ""
     caller: str = ""
 
     @property
+    def steps(self) -> int:
+        """Denoising steps of one image; one that starts from a picture leaves the first out."""
+        return self.num_inference_steps if self.source is None else self.source.steps_of(self.num_inference_steps)
+
+    @property
     def passes(self) -> int:
         """Forward passes through the UNet of one image: guidance takes a second one at each step."""
-        return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+        return self.steps * (2 if self.guidance_scale > 1 else 1)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,26 @@ def test_a_stream_brings_partial_images_and_then_the_image(client: Any, library:
     assert (pixels_of(events[-1].b64_json) - expected(library, "a cat", 6)).abs().max() <= 1
 
 
+def test_an_openai_client_s_edit_keeps_what_the_mask_does_not_open(client: Any) -> None:
+    source = client.images.generate(prompt="a cat", extra_body={"seed": 6}).data[0].b64_json
+    mask = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
+    stream = io.BytesIO()
+    for picture in (mask,):
+        picture.paste((0, 0, 0, 0), (8, 0, 16, 16))
+        picture.save(stream, "png")
+    files = {"image": ("a.png", base64.b64decode(source)), "mask": ("m.png", stream.getvalue())}
+    same, other = (
+        pixels_of(client.images.edit(prompt="a house", extra_body={"seed": seed}, **files).data[0].b64_json)
+        for seed in (1, 2)
+    )
+    apart = (same - other).abs().float().mean((0, 2))
+    assert apart[:6].mean() < apart[10:].mean() / 2, apart
+    varied = client.images.create_variation(image=files["image"], n=2, response_format="b64_json")
+    assert [pixels_of(each.b64_json).shape for each in varied.data] == [(16, 16, 3)] * 2
+    stream_events = list(client.images.edit(prompt="a house", stream=True, partial_images=1, image=files["image"]))
+    assert [event.type for event in stream_events] == ["image_edit.partial_image", "image_edit.completed"]
+
+
 def test_models_are_listed(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["auto", "code-00", "code-01", "teacher"]
     assert client.models.retrieve("code-00").object == "model"

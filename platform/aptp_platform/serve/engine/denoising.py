@@ -15,13 +15,16 @@ from torch import Tensor
 
 from aptp.latents import encode_texts
 from aptp.losses import check_scheduler
+from aptp_platform.serve.engine.repaint import Kept, start_from
+from aptp_platform.serve.messages import SourceImage
 
 _CACHED_TEXTS: Final = 128  # text states kept; the empty negative prompt is nearly always among them
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """One image that is wanted. size: (width, height) in pixels. num_previews: unfinished pictures on the way."""
+    """One image that is wanted. size: (width, height) in pixels. num_previews: unfinished pictures on the way. source:
+    what it starts from, of that size."""
 
     prompt: str
     seed: int
@@ -30,6 +33,7 @@ class SampleSpec:
     size: tuple[int, int]
     negative_prompt: str = ""
     num_previews: int = 0
+    source: SourceImage | None = None
 
 
 class Sample:
@@ -43,10 +47,12 @@ class Sample:
         latents: Float[Tensor, "1 channel height width"],
         text: Float[Tensor, "1 token dim"],
         negative: Float[Tensor, "1 token dim"] | None,
+        timesteps: Sequence[Tensor],
+        kept: Kept | None = None,
     ) -> None:
         self.spec, self.latents, self.text, self.negative = spec, latents, text, negative
         self._scheduler, self._generator = scheduler, generator
-        self._timesteps: Sequence[Tensor] = list(scheduler.timesteps)
+        self._timesteps, self._kept = timesteps, kept
         self._estimate = latents
         self.steps_done = self._previews_done = 0
 
@@ -74,6 +80,9 @@ class Sample:
         options = {name: value for name, value in given.items() if _takes(self._scheduler, name)}
         result = self._scheduler.step(prediction, self.timestep, self.latents, **options)
         self.latents = result.prev_sample
+        if self._kept is not None:
+            following = self._timesteps[self.steps_done + 1] if self.steps_left > 1 else None
+            self.latents = self._kept.restore(self.latents, self._scheduler, following)
         estimate = getattr(result, "pred_original_sample", None)
         self._estimate = self.latents if estimate is None else estimate
         self.steps_done += 1
@@ -131,13 +140,19 @@ class Denoiser:
 
     def _start(self, spec: SampleSpec, texts: Mapping[str, Float[Tensor, "1 token dim"]]) -> Sample:
         generator = torch.Generator().manual_seed(spec.seed)
-        width, height = (side // self.pixels_per_latent for side in spec.size)
-        noise = torch.randn(1, self._unet.config.in_channels, height, width, generator=generator)
         scheduler = copy.deepcopy(self._scheduler)
         scheduler.set_timesteps(spec.num_inference_steps, device=self._device)
-        latents = noise.to(self._device) * scheduler.init_noise_sigma
+        kept = None
+        if spec.source is None:
+            width, height = (side // self.pixels_per_latent for side in spec.size)
+            noise = torch.randn(1, self._unet.config.in_channels, height, width, generator=generator)
+            latents, timesteps = noise.to(self._device) * scheduler.init_noise_sigma, list(scheduler.timesteps)
+        else:
+            latents, timesteps, kept = start_from(
+                spec.source, spec.size, spec.num_inference_steps, scheduler, self._vae, generator
+            )
         negative = texts[spec.negative_prompt] if spec.guidance_scale > 1 else None
-        return Sample(spec, scheduler, generator, latents, texts[spec.prompt], negative)
+        return Sample(spec, scheduler, generator, latents, texts[spec.prompt], negative, timesteps, kept)
 
     @torch.inference_mode()
     def step(self, samples: Sequence[Sample]) -> None:

@@ -133,6 +133,7 @@ class Expert:
             size=request.size,
             negative_prompt=request.negative_prompt,
             num_previews=num_previews,
+            source=request.source,
         )
         try:
             return self._engine.submit(spec, expires_in_s)

@@ -8,10 +8,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -23,12 +22,20 @@ from starlette.middleware.cors import CORSMiddleware
 
 from aptp_platform.serve.args import ServeArgs
 from aptp_platform.serve.http.connections import CALLBACK, LIMITS, limited
+from aptp_platform.serve.http.gateway import Gateway, RouterGateway
 from aptp_platform.serve.http.keys import ApiKey, ApiKeyAuth
 from aptp_platform.serve.http.links import PATH, ImageLinks
 from aptp_platform.serve.http.metrics import IngressMetrics
 from aptp_platform.serve.http.paths import LenientPaths
 from aptp_platform.serve.http.streams import in_time, open_stream
-from aptp_platform.serve.http.wire.fields import ImageRequest, RouteRequest, parse_body
+from aptp_platform.serve.http.wire.fields import (
+    EditRequest,
+    ImageRequest,
+    RouteRequest,
+    VariationRequest,
+    parse_body,
+    parse_fields,
+)
 from aptp_platform.serve.http.wire.openai import (
     adaptations,
     choice_json,
@@ -38,11 +45,11 @@ from aptp_platform.serve.http.wire.openai import (
     models_response,
     to_generation_request,
 )
+from aptp_platform.serve.http.wire.pictures import with_source
 from aptp_platform.serve.http.wire.substitutes import model_of
-from aptp_platform.serve.http.wire.upload import read_json
-from aptp_platform.serve.messages import ApiError, Catalog, Choice, CodeMap, GenerationRequest, ImageResult, ModelLoad
+from aptp_platform.serve.http.wire.upload import read_form, read_json
+from aptp_platform.serve.messages import ApiError, Catalog, Choice, GenerationRequest, ImageResult, SourceImage
 from aptp_platform.serve.replicas import ReplicaCounts
-from aptp_platform.serve.retries import call, call_stream
 
 _PAGE: Final = Path(__file__).parent / "static" / "index.html"
 _PAGE_POLICY: Final = "default-src 'self' 'unsafe-inline'; img-src 'self' data:"  # the page needs no other host
@@ -53,45 +60,6 @@ _TOLD: Final = (  # headers that a page of another origin may read
     "x-aptp-reason", "x-aptp-macs-ratio", "x-aptp-margin", "x-aptp-ms", "x-aptp-predicted-loss", "x-aptp-size",
     "x-aptp-ignored", "x-ratelimit-limit-macs", "x-ratelimit-remaining-macs", "x-ratelimit-reset-macs",
 )  # fmt: skip
-
-
-class Gateway(Protocol):
-    """What the HTTP side needs of the rest: the router, however it is reached."""
-
-    async def route(self, request: GenerationRequest) -> Choice: ...
-
-    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]: ...
-
-    def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult]: ...
-
-    async def loads(self) -> dict[str, ModelLoad]: ...
-
-    async def code_map(self) -> CodeMap: ...
-
-
-class RouterGateway:
-    """The router's deployment. A request goes to another replica when its own died, or reaches no expert of its
-    release during a rollout."""
-
-    def __init__(self, handle: DeploymentHandle[Any], args: ServeArgs) -> None:
-        self._handle = handle
-        self._again: dict[str, Any] = {"attempts": args.router.attempts, "patience_s": args.drain_s}
-
-    async def route(self, request: GenerationRequest) -> Choice:
-        return await call(lambda: self._handle.route.remote(request), **self._again)
-
-    async def generate(self, request: GenerationRequest) -> tuple[Choice, list[ImageResult]]:
-        return await call(lambda: self._handle.generate.remote(request), **self._again)
-
-    def stream(self, request: GenerationRequest) -> AsyncIterator[Choice | ImageResult]:
-        streaming = self._handle.options(stream=True)
-        return call_stream(lambda: streaming.stream.remote(request), **self._again)
-
-    async def loads(self) -> dict[str, ModelLoad]:
-        return await call(lambda: self._handle.loads.remote(), **self._again)
-
-    async def code_map(self) -> CodeMap:
-        return await call(lambda: self._handle.code_map.remote(), **self._again)
 
 
 @serve.ingress()
@@ -130,6 +98,17 @@ def _listens_on_loopback() -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Order:
+    """A request as it is understood. told: headers that say what differs from what was asked. begun: by the monotonic
+    clock."""
+
+    body: Any
+    generation: GenerationRequest
+    told: dict[str, str]
+    begun: float
+
+
 def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKeyAuth) -> FastAPI:
     """The HTTP side of a server. `x-request-id` is set by Ray Serve's proxy, on every response."""
     app = FastAPI(title="APTP", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -149,20 +128,30 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
 
     async def admitted(request: Request) -> None:
         """Before the body is read: who has no key is not listened to."""
+        request.state.begun = time.monotonic()
         request.state.key = await auth.admit(request.headers.get("authorization"))
 
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(admitted)])
 
-    async def generation_of(
-        request: Request, model: type[RouteRequest]
-    ) -> tuple[Any, GenerationRequest, dict[str, str]]:
-        """A request's body, what is to be made of it, and the headers that say what that differs in."""
-        raw = await read_json(request, args.ingress)
-        body, unknown = parse_body(model, raw, ignore_unknown=args.images.other_fields == "ignore")
+    ignore_unknown = args.images.other_fields == "ignore"
+
+    def order(request: Request, body: Any, unknown: list[str], source: SourceImage | None = None) -> Order:
+        """What is to be made of a body, and the headers that say what that differs in."""
         key: ApiKey | None = request.state.key
-        request_id = request.headers.get("x-request-id", "")
-        generation = to_generation_request(body, args.images, catalog, request_id, key.name if key else "")
-        return body, generation, adaptations(body, unknown, args.images, catalog)
+        request_id, caller = request.headers.get("x-request-id", ""), key.name if key else ""
+        generation = to_generation_request(body, args.images, catalog, request_id, caller)
+        told = adaptations(body, unknown, args.images, catalog)
+        return Order(body, replace(generation, source=source), told, request.state.begun)
+
+    async def order_of(request: Request, model: type[RouteRequest]) -> Order:
+        return order(request, *parse_body(model, await read_json(request, args.ingress), ignore_unknown=ignore_unknown))
+
+    async def edit_of(request: Request, model: type[EditRequest]) -> Order:
+        """The same of a form with pictures."""
+        form = await read_form(request, args.ingress)
+        body, unknown = parse_fields(model, form.fields, ignore_unknown=ignore_unknown)
+        unknown += [name for name, files in form.files.items() if name not in ("image", "mask") or len(files) > 1]
+        return order(request, *await asyncio.to_thread(with_source, body, unknown, form, args.images, catalog))
 
     async def urls_of(request: Request, generation: GenerationRequest, images: list[ImageResult]) -> list[str]:
         if links is None:
@@ -170,34 +159,43 @@ def create_app(gateway: Gateway, catalog: Catalog, args: ServeArgs, auth: ApiKey
         reached_at = _reached_at(request)
         return [await links.add(image.data, generation.output_format, reached_at) for image in images]
 
-    @v1.post("/images/generations")
-    async def generate(request: Request) -> Response:
-        begun = time.monotonic()
-        body, generation, told = await generation_of(request, ImageRequest)
+    async def drawn(request: Request, order: Order) -> Response:
+        body, generation = order.body, order.generation
         with auth.charged(request.state.key, catalog.most_macs(generation)) as charge:
             if body.stream:
                 choice, events = await open_stream(gateway.stream(generation), generation, args.ingress)
                 answer: Response = StreamingResponse(events, media_type="text/event-stream")
                 answer.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
-                answer.headers.update(_headers(choice, begun))
+                answer.headers.update(_headers(choice, order.begun))
             else:
                 async with in_time(generation, args.ingress):
                     choice, images = await gateway.generate(generation)
                 urls = await urls_of(request, generation, images) if body.wants_urls else None
                 answer = JSONResponse(images_response(generation, choice, images, urls))
-                answer.headers.update(_headers(choice, begun, images))
+                answer.headers.update(_headers(choice, order.begun, images))
             charge.correct(catalog.macs_of(generation, choice.macs))
-        answer.headers.update(told | auth.headers(request.state.key))
+        answer.headers.update(order.told | auth.headers(request.state.key))
         return answer
+
+    @v1.post("/images/generations")
+    async def generate(request: Request) -> Response:
+        return await drawn(request, await order_of(request, ImageRequest))
+
+    @v1.post("/images/edits")
+    async def edit(request: Request) -> Response:
+        return await drawn(request, await edit_of(request, EditRequest))
+
+    @v1.post("/images/variations")
+    async def vary(request: Request) -> Response:
+        return await drawn(request, await edit_of(request, VariationRequest))
 
     @v1.post("/route")
     async def route(request: Request) -> Response:
-        begun = time.monotonic()
-        _, generation, told = await generation_of(request, RouteRequest)
+        order = await order_of(request, RouteRequest)
         with auth.charged(request.state.key, catalog.route_macs):
-            async with in_time(generation, args.ingress):
-                choice = await gateway.route(generation)
-        headers = _headers(choice, begun) | told | auth.headers(request.state.key)
+            async with in_time(order.generation, args.ingress):
+                choice = await gateway.route(order.generation)
+        headers = _headers(choice, order.begun) | order.told | auth.headers(request.state.key)
         return JSONResponse(choice_json(choice), headers=headers)
 
     @v1.get("/map")

@@ -185,7 +185,7 @@ class Router:
         return image
 
     def _learn(self, request: GenerationRequest, choice: Choice, image: ImageResult) -> None:
-        step_ms = image.denoise_ms / request.num_inference_steps
+        step_ms = image.denoise_ms / request.steps
         known = self._step_ms.setdefault(choice.model, step_ms)
         self._step_ms[choice.model] = known + _SMOOTHING * (step_ms - known)
         self._batch_limits[choice.model] = self._batch_sizes[choice.model] = image.batch_limit
@@ -201,7 +201,7 @@ class Router:
         """Counts a request while it runs, and says how it ended."""
         model, images, started = choice.model, len(request.seeds), time.monotonic()
         self._running[model] += images
-        self._steps[model] += images * request.num_inference_steps
+        self._steps[model] += images * request.steps
         drift = self._drift.observe(self._code_indices[choice.routed], unknown=bool(choice.unknown))
         self._metrics.routed(choice, drift)
         outcome = "failed"
@@ -216,7 +216,7 @@ class Router:
             raise
         finally:
             self._running[model] -= images
-            self._steps[model] -= images * request.num_inference_steps
+            self._steps[model] -= images * request.steps
             seconds = time.monotonic() - started
             self._metrics.ended(choice, outcome, seconds)
             self._decisions.write(request, choice, outcome, seconds)

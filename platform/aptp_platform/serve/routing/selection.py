@@ -68,14 +68,14 @@ class Situation:
             return None
         rates = [step_ms / self.catalog.find(name).ratio for name, step_ms in timed.items()]
         step_ms = timed.get(model.name, model.ratio * sum(rates) / len(rates))
-        return request.num_inference_steps * step_ms
+        return request.steps * step_ms
 
     def expected_ms(self, request: GenerationRequest, model: ModelFacts) -> float | None:
         """Milliseconds to one image, behind all the steps that are ordered before it if no place is free."""
         alone, load, slots = self.alone_ms(request, model), self.load(model.name), self.slots(model.name)
         if alone is None or load.running < slots:
             return alone
-        return alone * (1 + load.steps / slots / request.num_inference_steps)
+        return alone * (1 + load.steps / slots / request.steps)
 
 
 def decide(

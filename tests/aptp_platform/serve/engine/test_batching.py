@@ -15,13 +15,17 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     TCDScheduler,
 )
+from PIL import Image
 
 from aptp_platform.serve.engine.batch_size import best_batch_size
 from aptp_platform.serve.engine.batching import Cycle, EngineFullError, StepEngine, TooLateError
 from aptp_platform.serve.engine.denoising import Denoiser, NotFiniteError, SampleSpec
+from aptp_platform.serve.messages import SourceImage
 from tests.support.tiny_pipeline import build_pipeline
 
 T = TypeVar("T")
@@ -88,6 +92,58 @@ def test_alone_it_is_the_stock_pipeline_s_image(pipeline: Any, denoiser: Denoise
     rendered = run(denoiser, lambda engine: engine.generate(spec))
     assert rendered.preview is None
     assert distance(rendered.pixels, stock_image(pipeline, spec)) <= 1
+
+
+def painted(mask: bool, strength: float, size: tuple[int, int] = (16, 16)) -> SourceImage:
+    """A picture of noise, and a mask of its right half."""
+    width, height = size
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    anew = torch.zeros(height, width, dtype=torch.uint8)
+    anew[:, width // 2 :] = 255
+    return SourceImage(bytes(pixels.flatten().tolist()), bytes(anew.flatten().tolist()) if mask else None, strength)
+
+
+def stock_edit(pipeline: Any, spec: SampleSpec, scheduler: Any) -> torch.Tensor:
+    """What diffusers' own pipelines make of a picture."""
+    source = spec.source
+    assert source is not None
+    image = Image.frombytes("RGB", spec.size, source.pixels)
+    options: dict[str, Any] = {"image": image, "strength": source.strength}
+    kind: Any = StableDiffusionImg2ImgPipeline
+    if source.mask is not None:
+        kind = StableDiffusionInpaintPipeline
+        options |= {"mask_image": Image.frombytes("L", spec.size, source.mask), "width": spec.size[0]}
+        options |= {"height": spec.size[1]}
+    stock = kind(**{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    made = stock(
+        spec.prompt,
+        negative_prompt=spec.negative_prompt,
+        num_inference_steps=spec.num_inference_steps,
+        guidance_scale=spec.guidance_scale,
+        generator=torch.Generator().manual_seed(spec.seed),
+        output_type="np",
+        **options,
+    )
+    return torch.from_numpy(made.images[0]).mul(255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize(("mask", "strength"), [(False, 0.5), (False, 1.0), (True, 0.6), (True, 1.0)])
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
+def test_an_edit_in_company_is_the_stock_pipeline_s(pipeline: Any, kind: Any, mask: bool, strength: float) -> None:
+    scheduler = kind.from_config(pipeline.scheduler.config)
+    spec = replace(CAT, source=painted(mask, strength))
+    wide = replace(COMPANY[2], source=painted(mask, strength, (24, 16)))
+
+    async def use(engine: StepEngine) -> list[torch.Tensor]:
+        images = await asyncio.gather(*(engine.generate(each) for each in (spec, *COMPANY, wide)))
+        return [image.pixels for image in images]
+
+    images = run(denoiser_of(pipeline, scheduler), use)
+    assert distance(images[0], stock_edit(pipeline, spec, scheduler)) <= 1
+    assert distance(images[-1], stock_edit(pipeline, wide, scheduler)) <= 1
+    assert distance(images[1], stock_image(pipeline, COMPANY[0], scheduler)) <= 1, "company's own image is its own"
+    assert distance(images[0], images[4]) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """What HTTP clients and browsers expect besides the wire format: paths, methods, other origins, URLs of images."""
 
 import asyncio
+import io
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from aptp_platform.serve.messages import Choice, GenerationRequest
+from aptp_platform.serve.messages import Choice, GenerationRequest, SourceImage
 from tests.support.cheap_server import CheapGateway, answers
 
 GENERATE = "/v1/images/generations"
@@ -100,6 +102,82 @@ def test_the_answer_says_what_was_made_of_the_request() -> None:
     assert answer.json()["size"] == "16x16"
     assert answer.headers["x-aptp-size"] == "16x16, nearest to 1024x1024"
     assert answer.headers["x-aptp-ignored"] == "quality"
+
+
+def picture(size: tuple[int, int], mode: str = "RGB", colour: Any = "red") -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, size, colour).save(stream, "png")
+    return stream.getvalue()
+
+
+class Noting(CheapGateway):
+    """Keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[GenerationRequest] = []
+
+    async def route(self, request: GenerationRequest) -> Choice:
+        self.asked.append(request)
+        return await super().route(request)
+
+
+def test_an_edit_comes_as_a_form_with_pictures_which_are_cut_to_a_served_size() -> None:
+    half = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    stream = io.BytesIO()
+    half.save(stream, "png")
+    gateway = Noting()
+    edit = {"url": "/v1/images/edits", "method": "POST"}
+    fields = {"prompt": "a", "model": "gpt-image-1", "n": "2", "input_fidelity": "high", "num_inference_steps": "10"}
+    whole, masked, wide, own, varied = answers(
+        edit | {"data": fields, "files": {"image[]": ("a.png", picture((64, 64)))}},
+        edit | {"data": fields, "files": {"image": ("a.png", picture((64, 64))), "mask": ("m.png", stream.getvalue())}},
+        edit | {"data": fields, "files": {"image": ("a.webp", picture((48, 32)))}},
+        edit | {"data": fields, "files": {"image": ("a.png", stream.getvalue())}},
+        {"url": "/v1/images/variations", "method": "POST", "files": {"image": ("a.png", picture((64, 64)))}},
+        gateway=gateway,
+        images={"sizes": ["24x16"]},
+    )
+    assert [each.status_code for each in (whole, masked, wide, own, varied)] == [200] * 5, whole.text
+    assert len(whole.json()["data"]) == 2
+    assert whole.headers["x-aptp-ignored"] == "input_fidelity"
+    assert wide.headers["x-aptp-size"] == "24x16", "the served size of the picture's shape"
+    sources = [request.source for request in gateway.asked]
+    assert [source and source.strength for source in sources] == [0.8, 1.0, 0.8, 1.0, 0.6]
+    assert [request.steps for request in gateway.asked[:2]] == [8, 10]
+    first, second, _, fourth, _ = sources
+    assert first == SourceImage(b"\xff\0\0" * 256, None, 0.8)
+    assert second is not None
+    assert second.mask == (b"\xff" * 8 + b"\0" * 8) * 16, "what is transparent is drawn anew"
+    assert fourth is not None
+    assert fourth.mask == second.mask, "of the picture itself, if there is no mask"
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "code"),
+    [
+        ({"json": {"prompt": "a"}}, 415, "unsupported_media_type"),
+        ({"data": {"prompt": "a"}, "files": {"other": ("a.png", b"x")}}, 400, "missing_required_parameter"),
+        ({"data": {"prompt": "a"}, "files": {"image": ("a.png", b"x")}}, 400, "invalid_image"),
+        ({"data": {"prompt": "a"}, "files": {"image": ("a.png", picture((64, 64))[:60])}}, 400, "invalid_image"),
+        ({"data": {"prompt": "a"}, "files": {"image": ("a.png", picture((9000, 9000), "1", 0))}}, 400, "invalid_image"),
+        ({"data": {"prompt": "a", "n": "x"}, "files": {"image": ("a.png", picture((8, 8)))}}, 400, None),
+        ({"data": {"prompt": "a", "strength": "2"}, "files": {"image": ("a", picture((8, 8)))}}, 400, "invalid_value"),
+        ({"data": {}, "files": {"image": ("a.png", picture((8, 8)))}}, 400, "missing_required_parameter"),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "invalid_form"),
+        ({"content": b"--b\r\n", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "invalid_form"),
+        (
+            {"content": b"x" * 2000, "headers": {"content-type": "multipart/form-data; boundary=b"}},
+            413,
+            "request_too_large",
+        ),
+    ],
+)
+def test_a_wrong_edit_gets_its_own_answer(call: dict[str, Any], status: int, code: str | None) -> None:
+    limits = {"max_upload_bytes": 1024} if status == 413 else {}
+    (answer,) = answers({"url": "/v1/images/edits", "method": "POST", **call}, ingress=limits)
+    assert answer.status_code == status, answer.text
+    assert code in (None, answer.json()["error"]["code"]), answer.text
 
 
 class SlowGateway(CheapGateway):

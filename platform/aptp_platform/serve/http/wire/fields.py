@@ -29,6 +29,7 @@ _WITHOUT_EFFECT: Final = {
     "moderation": ("auto",),
     "complexity": ("auto",),
     "background": ("auto", "opaque"),
+    "input_fidelity": ("auto",),
 }
 
 _Short = Field(default="auto", max_length=64)
@@ -107,7 +108,20 @@ class ImageRequest(RouteRequest):
     @property
     def without_effect(self) -> list[str]:
         """Fields that asked for something which this server has no choice of."""
-        return [name for name, neutral in _WITHOUT_EFFECT.items() if getattr(self, name) not in neutral]
+        return [name for name, neutral in _WITHOUT_EFFECT.items() if getattr(self, name, "auto") not in neutral]
+
+
+class EditRequest(ImageRequest):
+    """The fields of `POST /v1/images/edits`; pictures come beside them."""
+
+    strength: float | None = Field(default=None, gt=0, le=1, description="share of the steps that are run")
+    input_fidelity: str = _Short
+
+
+class VariationRequest(EditRequest):
+    """The fields of `POST /v1/images/variations`."""
+
+    prompt: str = ""
 
 
 Body = TypeVar("Body", bound=RouteRequest)
@@ -130,6 +144,18 @@ def parse_body(model: type[Body], body: bytes, *, ignore_unknown: bool = False) 
             return model.model_validate_json(body), []
         lenient = _lenient(model)
         parsed = lenient.model_validate_json(body)
+        return parsed, sorted(parsed.__pydantic_extra__ or ())
+    except ValidationError as error:
+        raise _explained(model, error) from None
+
+
+def parse_fields(model: type[Body], fields: dict[str, str], *, ignore_unknown: bool = False) -> tuple[Body, list[str]]:
+    """As `parse_body`, of a form's fields; an empty one is absent."""
+    told = {name: value for name, value in fields.items() if value or name == "prompt"}
+    try:
+        if not ignore_unknown:
+            return model.model_validate_strings(told, strict=False), []
+        parsed = _lenient(model).model_validate_strings(told, strict=False)
         return parsed, sorted(parsed.__pydantic_extra__ or ())
     except ValidationError as error:
         raise _explained(model, error) from None

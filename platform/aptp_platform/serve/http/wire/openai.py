@@ -112,7 +112,8 @@ def data_url(request: GenerationRequest, image: ImageResult) -> str:
 
 def stream_event(request: GenerationRequest, image: ImageResult) -> tuple[str, dict[str, Any]]:
     """Name and data of a server-sent event."""
-    kind = "image_generation.completed" if image.preview is None else "image_generation.partial_image"
+    what = "image_generation" if request.source is None else "image_edit"
+    kind = f"{what}.completed" if image.preview is None else f"{what}.partial_image"
     data: dict[str, Any] = {
         "type": kind,
         "b64_json": base64.b64encode(image.data).decode(),
