@@ -42,6 +42,7 @@ PLATFORM = {  # a folder's entries in their order; "" is aptp_platform itself
     "experts/sweep": ["space", "choice", "record", "search", "outcome"],
     "serve": [
         "messages", "args", "retries", "release_source", "replicas", "cpu", "engine", "routing", "http", "app",
+        "config_check",
     ],
     "serve/cpu": ["turns"],
     "serve/engine": ["images", "repaint", "denoising", "batch_size", "batching", "metrics", "expert"],
