@@ -153,7 +153,12 @@ class Expert:
         }
         size = request.file_size if image.preview is None else None
         data = encode_image(
-            image.pixels, request.output_format, compression=request.compression, size=size, facts=facts
+            image.pixels,
+            request.output_format,
+            compression=request.compression,
+            size=size,
+            edited=request.source is not None,
+            facts=facts,
         )
         return ImageResult(
             data=data,
