@@ -214,8 +214,8 @@ def test_without_a_target_only_a_code_without_a_replica_overflows() -> None:
 def test_a_sleeping_model_is_no_candidate_of_a_wish_unless_it_is_named_or_nothing_else_fits() -> None:
     asleep = replace(TIMED, loads={"code-00": ModelLoad(0, 10.0, 1), "code-02": ModelLoad(replicas=0),
                                    TEACHER: ModelLoad(replicas=0)})  # fmt: skip
-    for wish in ({"budget": 1.0}, {"deadline_ms": 500.0}, {"budget": 1.0, "deadline_ms": 500.0}):
-        assert choose(replace(REQUEST, **wish), NEAR_0, asleep).model == "code-01"
+    for wish in (replace(REQUEST, budget=1.0), replace(REQUEST, deadline_ms=500), replace(REQUEST, budget=1, price=0)):
+        assert choose(wish, HARD, asleep).model == "code-01"
     assert choose(replace(REQUEST, price=0.0), HARD, asleep).model == "code-01"
     assert choose(replace(REQUEST, budget=1.0, model=TEACHER), NEAR_0, asleep).model == TEACHER
     all_asleep = replace(IDLE, loads={model.name: ModelLoad(replicas=0) for model in CATALOG.models})

@@ -43,6 +43,7 @@ def with_source(
         strength = limits.variation_strength
     size = size_of(body.size, limits, catalog.size).drawn
     fitted = _fitted(picture, size)
+    anew: Image.Image | None
     if mask is not None:
         masked = _fitted(mask, size)
         anew = _transparent(masked) or masked.convert("L").point(lambda value: 255 * (value >= _OPAQUE))
