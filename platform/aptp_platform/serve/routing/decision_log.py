@@ -59,7 +59,7 @@ class DecisionLog:
             "deadline_ms": request.deadline_ms,
             "price": request.price,
             "images": len(request.seeds),
-            "num_inference_steps": request.num_inference_steps,
+            "num_inference_steps": request.steps,
             "outcome": outcome,
             "seconds": round(seconds, 4),
         }

@@ -117,7 +117,9 @@ def _readable(
     lines: Iterable[dict[str, Any]], known: dict[str, str], result: Replay
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in lines:
-        prompt = line["prompt"] or known.get(line["prompt_sha256"])
+        prompt = line["prompt"]  # "" is one: of a variation
+        if prompt is None:
+            prompt = known.get(line["prompt_sha256"])
         if prompt is None:
             result.hashed += 1
         else:

@@ -17,7 +17,7 @@ from aptp_platform.serve.routing.replay import replay
 from aptp_platform.serve.routing.selection import Situation, choose
 from tests.support.tiny_release import ANCHORS, build_release
 
-PROMPTS = (*ANCHORS, "zzz qqq 17 %%%", "red", "a very tall tower", "the sea", "cat cat cat")
+PROMPTS = (*ANCHORS, "zzz qqq 17 %%%", "red", "a very tall tower", "the sea", "cat cat cat", "")
 
 
 def test_drift_is_none_at_the_training_shares_and_all_where_nothing_is_shared() -> None:
