@@ -142,13 +142,12 @@ def choose(
         if situation.is_cold(routed.name):
             reason = "cold_smaller" if placed.ratio < routed.ratio - SMALLER else "cold"
     if _has_wishes(request):
-        affordable = _within_budget(request, candidates)
-        awake = [model for model in affordable if not situation.is_cold(model.name)]
-        fitting = _within_deadline(request, awake or affordable, situation)
         if request.model == AUTO:
             reason = _wish(request)
-            fitting = [model for model in fitting if reason != "price" or model.name != TEACHER]
-        chosen = _best(request, fitting, scores, catalog)
+            candidates = [model for model in candidates if reason != "price" or model.name != TEACHER]
+        affordable = _within_budget(request, candidates)
+        awake = [model for model in affordable if not situation.is_cold(model.name)]
+        chosen = _best(request, _within_deadline(request, awake or affordable, situation), scores, catalog)
     return Choice(
         model=chosen.name,
         routed=routed.name,

@@ -220,6 +220,8 @@ def test_a_sleeping_model_is_no_candidate_of_a_wish_unless_it_is_named_or_nothin
     assert choose(replace(REQUEST, budget=1.0, model=TEACHER), NEAR_0, asleep).model == TEACHER
     all_asleep = replace(IDLE, loads={model.name: ModelLoad(replicas=0) for model in CATALOG.models})
     assert choose(replace(REQUEST, budget=0.6), NEAR_0, all_asleep).model == "code-00", "somebody must wake"
+    codes_asleep = replace(IDLE, loads={code.name: ModelLoad(replicas=0) for code in CATALOG.codes})
+    assert choose(replace(REQUEST, price=0.0), EASY, codes_asleep).model == "code-02", "a price buys no teacher"
 
 
 def test_a_sleeping_code_without_an_equal_is_stood_in_for_by_the_nearest_awake_one_and_says_so() -> None:
