@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import ctypes
 import os
+import signal
 import socket
 import sys
 import threading
@@ -150,7 +151,9 @@ class Lease:
         if self._ended.is_set():
             return
         self._lost = self._taken(found)
-        if self._holder == threading.main_thread().ident:
+        # A process that was started in the background may ignore interrupts.
+        heard = callable(signal.getsignal(signal.SIGINT))
+        if heard and self._holder == threading.main_thread().ident:
             _thread.interrupt_main()
         else:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._holder), ctypes.py_object(LeaseError))

@@ -32,6 +32,7 @@ import os, psutil, ray, signal, sys, time
 from aptp_platform.run.job import run_function
 from aptp_platform.storage.lease import Lease
 from aptp_platform.storage.store import Store
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what started this suite may have it ignored
 def look(config):
     print("PLACE", config.root)
     print("MODE", os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"]))
