@@ -1,6 +1,6 @@
 """Check a Serve config file before it is deployed: every key, the release, the keys file. Nothing is started.
 
-python jobs/check_server.py --config serve_configs/demo.yaml
+python jobs/check_server.py --serve-config serve_configs/demo.yaml
 """
 
 import argparse
@@ -12,10 +12,10 @@ from aptp_platform.serve.config_check import check_config
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--serve-config", type=Path, required=True)
     args = parser.parse_args()
     try:
-        print(f"{args.config}: can be deployed: {', '.join(check_config(args.config))}")
+        print(f"{args.serve_config}: can be deployed: {', '.join(check_config(args.serve_config))}")
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
