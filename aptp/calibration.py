@@ -1,7 +1,7 @@
 """A router is put on budget: the prompts, as they are really routed, cost it on average.
 
-After stage 1 the thresholds of all gates are moved (`calibrate_budget`). Once the experts are cut their sizes stand,
-and the price that a prompt pays for size is moved instead (`set_price`).
+After stage 1 the thresholds of all gates are moved, or the price of size is (`calibrate_budget`). Once the experts are
+cut their sizes stand, and only the price is moved (`set_price`).
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aptp.objectives import PruningConfig
 
-_NEAR: Final = 0.1  # of the budget: a price that grew with all of the distance would grow while gates cannot move yet
+_NEAR: Final = 0.1  # of the target: with all of the distance the price would grow while gates cannot move yet
 _FIRST: Final = 5.0  # where the budget binds, prices are near 10
 _MOST: Final = 1e3
 _LEAST_LOSS: Final = 0.01  # of the largest code's: what is predicted for a code near the whole network can be negative

@@ -32,7 +32,7 @@ from aptp.routes import code_usage
 from aptp.sizes import adapted_sizes, set_sizes
 
 _RESIZE: Final = 0.3  # of what would make the codes' marginal losses equal, at each fit of the need head
-_FALL: Final = 3.0  # of the logarithm of a loss, for as much cost as the budget; on two data sets it was 3 to 4
+_FALL: Final = 3.0  # of the logarithm of a loss, for as much cost as the budget, where codes' sizes do not tell
 _MOST: Final = 0.05  # of a code's size, that it moves at each fit
 
 
@@ -46,6 +46,7 @@ class SharingStage(nn.Module):
         balance: what an unequal use of the codes costs, as in stage 1.
         exploration: the share of prompts under a code drawn at random: without it codes would be known only where they
             are used already. refit_every: steps between two fits of the need head and the price.
+        resize_until: the step up to which the codes' sizes follow need at each fit; 0 leaves them as they are.
     """
 
     codes: Tensor

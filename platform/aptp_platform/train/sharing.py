@@ -12,14 +12,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from aptp.cost import cost_table
 from aptp.latents import encode_texts
 from aptp.losses import LossTerms
 from aptp.router import Router
 from aptp.sharing import SharingStage
 from aptp_platform.config import RunConfig, TrainingConfig
 from aptp_platform.config_file import dump_config, to_tree
-from aptp_platform.data.encoded import latent_size
 from aptp_platform.models import PipelineParts, load_pipeline_parts
 from aptp_platform.run.layout import CURVES, PRUNED, ROUTER, SHARED, TENSORBOARD, UNET, home
 from aptp_platform.storage.store import Store
@@ -27,7 +25,7 @@ from aptp_platform.train.curve import Curve, Measured
 from aptp_platform.train.engine import compute_in
 from aptp_platform.train.heldout_test import HeldOutTest
 from aptp_platform.train.loop import Summary, Work
-from aptp_platform.train.specs import batches_of, common_of, result_of
+from aptp_platform.train.specs import batches_of, common_of, cost_table_of, result_of
 from aptp_platform.train.stream import Stream
 
 
@@ -76,12 +74,6 @@ class ShareSpec:
         with tempfile.TemporaryDirectory() as scratch:
             router = Router.load(home(config, "prune").join(PRUNED).fetch(ROUTER, scratch))
         student = copy.deepcopy(parts.unet).float()
-        table = cost_table(
-            parts.unet,
-            router.space,
-            latent_size=latent_size(self.stream.encoded),
-            num_text_tokens=parts.tokenizer.model_max_length,
-        )
         module = SharingStage(
             student,
             parts.unet,
@@ -90,7 +82,7 @@ class ShareSpec:
             parts.scheduler,
             config.share.objective,
             config.router.budget,
-            table,
+            cost_table_of(parts, router.space, self.stream),
             null_states=encode_texts(parts.tokenizer, parts.text_encoder, [""])[0],
             balance=config.prune.objective.balance,
             resize_until=round(config.share.resize * self.training.steps),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from aptp.calibration import calibrate_budget
+from aptp.codes import PruningSpace
 from aptp.cost import CostTable, cost_table
 from aptp.expert import load_expert, read_expert_info, save_expert
 from aptp.finetuning import FinetuningStage
@@ -82,12 +83,7 @@ class PruneSpec:
         config, parts = self.config, load_pipeline_parts(self.config.model, self.config.storage)
         embeddings = self.stream.embeddings(CALIBRATION_PROMPTS)
         space = pruning_space(parts.unet, config.space)
-        table = cost_table(
-            parts.unet,
-            space,
-            latent_size=latent_size(self.stream.encoded),
-            num_text_tokens=parts.tokenizer.model_max_length,
-        )
+        table = cost_table_of(parts, space, self.stream)
         shape = router_config(config.router, embeddings.shape[1])
         generator = torch.Generator().manual_seed(config.seed)
         router = Router(space, shape, generator=generator)
@@ -318,6 +314,12 @@ def router_config(section: RouterSection, embedding_dim: int) -> RouterConfig:
     tree = to_tree(section)
     del tree["budget"]
     return RouterConfig.from_json({**tree, "embedding_dim": embedding_dim})
+
+
+def cost_table_of(parts: PipelineParts, space: PruningSpace, stream: Stream) -> CostTable:
+    """At the size of the latents and the number of text tokens that are trained on."""
+    size = latent_size(stream.encoded)
+    return cost_table(parts.unet, space, latent_size=size, num_text_tokens=parts.tokenizer.model_max_length)
 
 
 def common_of(config: RunConfig) -> dict[str, Any]:
